@@ -1,0 +1,65 @@
+"""An adapter: trainable tensors beside one slot of a frozen host, called around the host's own forward.
+
+    y  = adapter(host, call, strength, x)      call(x) is the next thing inside: other adapters, then the base
+    W' = adapter.merged(W)                     the same change as a weight, where there is one
+
+A parameter is an adapter's because it lives under an Adapter, never because of its name.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from deltaw.core.host import Host, WeightHost
+
+Call = Callable[..., Any]
+
+
+class Factors(NamedTuple):
+    """W' = W + scale · b @ a, with a: [r, fan_in] and b: [out, r]. The scale is always part of the change."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+class Adapter(nn.Module):
+    """Base of all adapters. Subclasses hold Parameters and override `forward`."""
+
+    def start_from(self, host: Any) -> None:
+        """Set initial values that depend on the base (magnitudes, copies). Called by `attach`, not by `insert`."""
+
+    def forward(self, host: Any, call: Call, strength: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """Around-call. `strength` is None for full strength, else a 0-dim tensor (never 0: then it is not called).
+
+        An adapter without a ΔW has no partial strengths; `use` refuses them before they get here.
+        """
+        raise NotImplementedError
+
+
+class WeightAdapter(Adapter):
+    """An adapter whose change can be written into the weight: strength w scales ΔW = merged(W) − W."""
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """Canonical weight with the change, fp32 in and fp32 out, pure."""
+        raise NotImplementedError
+
+    def factors(self) -> Factors | None:
+        """The change as low-rank factors where it is exactly that, else None."""
+        return None
+
+    def branch(self, host: Any, x: Tensor) -> Tensor:
+        """What full strength adds to the layer's output: op(x, ΔW). Override where W need not be formed."""
+        weight = host.weight
+        full = weight.float()
+        return host.op(x, (self.merged(full) - full).to(weight.dtype))
+
+    def forward(self, host: Any, call: Call, strength: Tensor | None, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y, change = call(input, *args, **kwargs), self.branch(host, input)
+        return y + (change if strength is None else strength.to(change.dtype) * change)
+
+
+def compute_dtype(host: WeightHost | Host, x: Tensor) -> Any:
+    """The base's compute dtype: that of the activations, or of the weight where the input is integer ids."""
+    return x.dtype if x.dtype.is_floating_point else host.weight.dtype  # type: ignore[union-attr]

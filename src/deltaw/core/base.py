@@ -1,0 +1,110 @@
+"""Which base is this? A fingerprint that survives dtype changes and quantisation, and tells equal shapes apart.
+
+Values of up to 24 parameters are sampled (eight each, evenly spaced): the largest ones, which quantisers leave alone
+(embeddings), and others chosen by the hash of their names. Comparing two identities has three answers: match,
+mismatch (with what differs), unknown (nothing in common to compare). Values saved in one dtype and loaded in another
+are compared after rounding to the coarser one. Quantised parameters are not sampled.
+
+Sampled values, not a hash of them: a hash would call a bf16 copy of an fp32 checkpoint a stranger.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.adapter import Adapter
+
+SAMPLED, VALUES = 24, 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Eight values of one parameter, with its shape and dtype ("float32", …)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    name: str
+    """Where it came from: hub id, folder name or class name. For messages, never compared."""
+    layer: str
+    """Class of the model, e.g. LlamaForCausalLM."""
+    samples: Mapping[str, Sample]
+
+    def difference(self, other: "BaseIdentity") -> str | None:
+        """What tells the two bases apart, as a clause; None where all that can be compared agrees."""
+        common = sorted(self.samples.keys() & other.samples.keys())
+        if self.samples and other.samples and not common:
+            return f"they share no parameter name ({self.layer} {self.name!r} and {other.layer} {other.name!r})"
+        for path in common:
+            mine, theirs = self.samples[path], other.samples[path]
+            if mine.shape != theirs.shape:
+                return f"{path} has shape {_x(mine.shape)} in {self.name!r} and {_x(theirs.shape)} in {other.name!r}"
+            coarse = max(mine.dtype, theirs.dtype, key=lambda d: torch.finfo(getattr(torch, d)).eps)
+            a, b = (torch.tensor(s.values, dtype=torch.float64) for s in (mine, theirs))
+            near = 0.0 if mine.dtype == theirs.dtype else torch.finfo(getattr(torch, coarse)).eps
+            if not torch.all((a - b).abs() <= near * torch.maximum(a.abs(), b.abs())):
+                return f"the values of {path} differ between {self.name!r} and {other.name!r}, though the shapes agree"
+        return None
+
+    def comparable(self, other: "BaseIdentity") -> bool:
+        """False where nothing can be compared: the answer is then 'unknown'."""
+        return bool(self.samples) and bool(other.samples)
+
+    def to_dict(self) -> dict[str, Any]:
+        samples = {
+            p: {"shape": list(s.shape), "dtype": s.dtype, "values": list(s.values)} for p, s in self.samples.items()
+        }
+        return {"name": self.name, "layer": self.layer, "samples": samples}
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> "BaseIdentity":
+        samples = {p: Sample(tuple(s["shape"]), s["dtype"], tuple(s["values"])) for p, s in record["samples"].items()}
+        return BaseIdentity(record["name"], record["layer"], samples)
+
+
+def identify(model: nn.Module) -> BaseIdentity:
+    """The identity of the base under `model`, adapters left out. Reads a few hundred values."""
+    named = [(p, t) for p, t in base_parameters(model) if t.is_floating_point() and t.device.type != "meta" and t.ndim]
+    config = getattr(model, "config", None)
+    name = str(getattr(config, "_name_or_path", "") or "")
+    layer = getattr(type(model), "base_class", type(model)).__name__
+    return BaseIdentity(name.replace("\\", "/").rstrip("/").rpartition("/")[2] or layer, layer, sample(named))
+
+
+def sample(named: Sequence[tuple[str, Tensor]]) -> dict[str, Sample]:
+    """Sample named base tensors; the choice depends on names and sizes only."""
+    by_size = sorted(named, key=lambda item: (-item[1].numel(), item[0]))[:4]
+    by_hash = sorted(named, key=lambda item: hashlib.sha256(item[0].encode()).hexdigest())
+    chosen = dict([*by_size, *by_hash][: SAMPLED + 4])
+    result = {}
+    for path, tensor in sorted(chosen.items()):
+        flat = tensor.detach().reshape(-1)
+        places = torch.linspace(0, flat.numel() - 1, min(VALUES, flat.numel()), dtype=torch.float64).long()
+        values = flat[places.to(flat.device)].double().tolist()
+        result[path] = Sample(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tuple(values))
+    return result
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Named parameters of the base: everything that does not live under an Adapter. Pristine copies stand for merged ones."""
+    owned = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
+    pristine = {
+        id(module._parameters[slot]): kept
+        for module in model.modules()
+        for slot, kept in module.__dict__.get("pristine", {}).items()
+    }
+    for path, parameter in model.named_parameters():
+        if id(parameter) not in owned:
+            yield path, pristine.get(id(parameter), parameter)
+
+
+def _x(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))

@@ -1,0 +1,67 @@
+"""Every error a user can meet. The command line prints the sentence and exits with `code`; a traceback is for us.
+
+DeltawError (ValueError)      one sentence: what was given, what was expected, the fix        code 1
+├── UseError                  the request itself is wrong; nothing was touched                 code 2
+│   ├── ConfigError           a key or value of a configuration or of a Method
+│   ├── TargetError           targets that match nothing, or modules that cannot carry the method
+│   └── DataError             rows that cannot be read or have nothing to learn from
+├── FileError                 adapter or model files that are missing, corrupt or do not fit
+├── BaseMismatchError         an adapter put on a base it was not trained on
+├── MergeError                a merge that cannot be done exactly, or that would change nothing
+└── TrainError                a run that cannot go on
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class DeltawError(ValueError):
+    code = 1
+
+
+class UseError(DeltawError):
+    code = 2
+
+
+class ConfigError(UseError):
+    pass
+
+
+class TargetError(UseError):
+    pass
+
+
+class DataError(UseError):
+    pass
+
+
+class FileError(DeltawError):
+    pass
+
+
+class BaseMismatchError(DeltawError):
+    pass
+
+
+class MergeError(DeltawError):
+    pass
+
+
+class TrainError(DeltawError):
+    pass
+
+
+def faults(error: type[DeltawError], head: str, found: Sequence[str], limit: int = 12) -> DeltawError:
+    """One error for all `found` faults: a single fault reads as one sentence, several as a list."""
+    if len(found) == 1:
+        return error(f"{head}: {found[0]}")
+    shown = [f"  - {fault}" for fault in found[:limit]]
+    if len(found) > limit:
+        shown.append(f"  - … and {len(found) - limit} more")
+    return error("\n".join([f"{head} ({len(found)} faults):", *shown]))
+
+
+def did_you_mean(given: str, known: Iterable[str], limit: int = 3) -> str:
+    """'; did you mean 'x'?' for near misses of `given` among `known`, else ''."""
+    near = difflib.get_close_matches(given, list(dict.fromkeys(known)), n=limit, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""

@@ -1,0 +1,212 @@
+"""A host is one base module that carries adapters; a Host object is a view of one slot (parameter) of it.
+
+The view hides how a layer stores its weight. Adapters see one canonical layout, [out, in, *kernel], whatever the
+layer is, so that N methods and M kinds of layer need N + M pieces of code:
+
+    layer                  stored            canonical weight W          y = op(x, W)
+    nn.Linear              [out, in]         [out, in]                   x Wᵀ
+    transformers Conv1D    [in, out]         [out, in]                   x Wᵀ
+    nn.Embedding           [vocab, dim]      [dim, vocab], out = dim     column of W for each id
+    nn.Conv1d/2d/3d        [out, in/g, k…]   the same                    convolution with the layer's own stride, …
+
+`op` is linear in W and leaves the bias out: ΔW acts as y + op(x, ΔW).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core import plugins
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """What a Method must know to build an adapter: shapes only, no live model."""
+
+    shape: tuple[int, ...]
+    """Canonical shape of the slot: [out, in, *kernel] where the layer is linear in it, else the parameter's own."""
+    groups: int = 1
+    """Groups of a convolution; `in` counts the channels of one group."""
+    lookup: bool = False
+    """True where the input is integer ids (embedding): then A starts at zero and B is random."""
+    linear: bool = True
+    """True where the layer's output is linear in this slot, so that a ΔW can be added to it."""
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs that one output reads: in × kernel size."""
+        return self.numel // self.shape[0]
+
+    @property
+    def numel(self) -> int:
+        product = 1
+        for size in self.shape:
+            product *= size
+        return product
+
+
+class Host:
+    """View of one slot of a base module. Kinds subclass WeightHost (or this, for forward-only hosts)."""
+
+    slots: ClassVar[tuple[str, ...]] = ()
+    """Slots that `targets` adapts on this kind of layer."""
+
+    def __init__(self, module: nn.Module, slot: str):
+        self.module = module
+        self.slot = slot
+
+    @property
+    def spec(self) -> HostSpec:
+        raise NotImplementedError
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The stored parameter behind the slot."""
+        parameter = self.module._parameters[self.slot]
+        assert parameter is not None
+        return parameter
+
+    def fault(self) -> str | None:
+        """Why this very module cannot carry adapters, or None."""
+        return None
+
+
+class WeightHost(Host):
+    """A layer whose slot holds a weight with a canonical dense form."""
+
+    slots = ("weight",)
+
+    @property
+    def weight(self) -> Tensor:
+        """Canonical dense weight in its own dtype; a view of the parameter where possible. Do not write to it."""
+        return self.parameter
+
+    def write(self, weight: Tensor) -> None:
+        """Store a canonical weight (any float dtype) in the parameter, in the parameter's dtype and layout."""
+        with torch.no_grad():
+            self.parameter.copy_(weight)
+
+    def op(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's operator with another canonical weight, without bias. Linear in `weight`."""
+        raise NotImplementedError
+
+    def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """op(x, b @ a) without forming b @ a. a: [r, in, *kernel], b: [out, r, *ones]."""
+        raise NotImplementedError
+
+    @property
+    def out_dim(self) -> int:
+        """The dimension of the layer's output that counts `out` (−1, or −1 − spatial for convolutions)."""
+        return -1
+
+    def probe(self) -> Tensor:
+        """A small input of the layer (on the CPU, fp32 or ids), for checking `op` against the layer's own forward."""
+        return torch.randn(2, self.spec.shape[1])
+
+    def fault(self) -> str | None:
+        """Where a subclass brings a forward of its own, compare `op` with it on a random input instead of trusting."""
+        module, layer = self.module, type(self.module)
+        known = [cls for cls in layer.__mro__ if type(self) in _KINDS.get(_qualified(cls), ())]
+        if hasattr(layer, "base_class") or layer.forward is known[0].forward or self.parameter.device.type == "meta":
+            return None
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            x = self.probe().to(self.parameter.device)
+            x = x.to(self.weight.dtype) if x.is_floating_point() else x
+            ours, bias = self.op(x, self.weight), getattr(module, "bias", None)
+            if bias is not None:
+                ours = ours + bias.view(-1, *([1] * (-1 - self.out_dim)))
+            theirs = module(x)
+        if not isinstance(theirs, Tensor) or ours.shape != theirs.shape:
+            return f"{layer.__name__} does not return x·Wᵀ + b"
+        near = 1e-2 * float(theirs.float().abs().max()) + 1e-6
+        close = torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=near)
+        return (
+            None if close else f"{layer.__name__} computes something else than x·Wᵀ + b, an adapter could not be merged"
+        )
+
+
+class ParameterHost(Host):
+    """Any module that owns parameters, seen as stored: the host of fully trained copies (weights, biases, norms)."""
+
+    def __init__(self, module: nn.Module, slot: str):
+        super().__init__(module, slot)
+        self._pristine: Tensor | None = None
+
+    @property
+    def spec(self) -> HostSpec:
+        return HostSpec(tuple(self.parameter.shape), linear=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's own tensor, also while a replacement runs."""
+        return self.parameter if self._pristine is None else self._pristine
+
+    def write(self, weight: Tensor) -> None:
+        with torch.no_grad():
+            self.parameter.copy_(weight)
+
+    @contextlib.contextmanager
+    def replaced(self, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+        """Run the module with change(current, base) in place of the parameter; several replacements nest."""
+        current, outermost = self.module._parameters[self.slot], self._pristine is None
+        assert current is not None
+        if outermost:
+            self._pristine = current
+        try:
+            self.module._parameters[self.slot] = change(current, self.weight)  # type: ignore[assignment]
+            yield
+        finally:
+            self.module._parameters[self.slot] = current
+            if outermost:
+                self._pristine = None
+
+
+_KINDS: dict[str, list[type[Host]]] = {}  # qualified name of a layer class → views of it
+
+
+def register(*layers: type[nn.Module] | str) -> Callable[[type[Host]], type[Host]]:
+    """Class decorator: this Host is the view of `layers`, given as classes or as qualified names.
+
+    A name ("transformers.pytorch_utils.Conv1D") needs no import of the library that owns the class.
+    """
+
+    def add(kind: type[Host]) -> type[Host]:
+        for layer in layers:
+            _KINDS.setdefault(layer if isinstance(layer, str) else _qualified(layer), []).append(kind)
+        return kind
+
+    return add
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def kind_of(layer: type[nn.Module], protocol: type[Host] = WeightHost) -> type[Host] | None:
+    """The view of class `layer` that satisfies `protocol`: the nearest registered base class wins."""
+    if protocol is ParameterHost:
+        return ParameterHost
+    plugins.load("deltaw.hosts")
+    for cls in layer.__mro__:
+        for kind in _KINDS.get(_qualified(cls), ()):
+            if issubclass(kind, protocol):
+                return kind
+    return None
+
+
+def host_of(module: nn.Module, slot: str | None = None, protocol: type[Host] = WeightHost) -> Any:
+    """The view of `module`'s slot (its first by default), or None where no registered kind fits."""
+    kind = kind_of(type(module), protocol)
+    if kind is None:
+        return None
+    if slot is None:
+        slot = kind.slots[0] if kind.slots else "weight"
+    return kind(module, slot)

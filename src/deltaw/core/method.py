@@ -1,0 +1,139 @@
+"""A Method is what the user writes: a frozen configuration that knows how to build an Adapter for a shape.
+
+    LoRA(rank=8, alpha=16).at("layers.0.q_proj", spec).build(spec) -> Adapter
+
+Its class is the registry key: `get("lora")` gives it back, fields are the options of configuration files, and
+`to_dict` / `from_dict` are what adapter files hold. A new method is one file that registers one class.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
+
+from torch import Tensor
+
+from deltaw.core import plugins
+from deltaw.core.adapter import Adapter, Factors
+from deltaw.core.errors import ConfigError, UseError, did_you_mean, faults
+from deltaw.core.host import Host, HostSpec, WeightHost
+
+
+class Site(NamedTuple):
+    """Where an adapter sits: the path of a base module ("" is the model itself) and one slot of it."""
+
+    path: str
+    slot: str = "weight"
+
+    def __str__(self) -> str:
+        return f"{self.path or '(the model itself)'}" + ("" if self.slot == "weight" else f":{self.slot}")
+
+
+Part = tuple["Method", Mapping[str, Tensor], float]
+"""One term of a mix at one site: its method, its tensors and its weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods. Subclasses add fields (each with a docstring), check them in `invalid` and build adapters."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    """Raised when the meaning of the saved tensors changes; a file of a newer version is refused."""
+    host: ClassVar[type[Host]] = WeightHost
+    """The view this method needs of a module; modules without it cannot carry the method."""
+    mergeable: ClassVar[bool] = True
+    """False where no weight can hold the change."""
+
+    def __post_init__(self) -> None:
+        found = list(self.invalid())
+        if found:
+            raise faults(ConfigError, f"{type(self).__name__}(…) cannot be built", found)
+
+    def invalid(self) -> Sequence[str]:
+        """Faults of the fields by themselves, each a sentence."""
+        return ()
+
+    def unfit(self, spec: HostSpec) -> str | None:
+        """Why a layer of this shape cannot carry the method as configured, or None."""
+        return None
+
+    def unused(self, paths: Sequence[str]) -> Sequence[str]:
+        """Faults of fields that name modules (patterns) and match none of the adapted `paths`."""
+        return ()
+
+    def at(self, path: str, spec: HostSpec) -> Self:
+        """The method as it applies to one module: defaults and per-module patterns resolved to plain values."""
+        return self
+
+    def companions(self, parameters: Mapping[str, Sequence[str]], targets: Sequence[str]) -> "Mapping[Site, Method]":
+        """Further sites trained with the targets (biases, whole modules), from the parameter names of every module."""
+        return {}
+
+    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+        """A fresh adapter for a slot of this shape, fp32 on the CPU, whose change is zero."""
+        raise NotImplementedError
+
+    def factors(self, tensors: Mapping[str, Tensor]) -> Factors | None:
+        """Saved tensors as low-rank factors (2-D, fp32) where the change is exactly that, else None."""
+        return None
+
+    def combine(self, parts: Sequence[Part]) -> "tuple[Method, dict[str, Tensor]]":
+        """Σ weight · ΔW of several states at one site as one method and its tensors, exact to rounding."""
+        names = " + ".join(sorted({type(method).__name__ for method, _, _ in parts}))
+        raise UseError(f"{names} at one site cannot be mixed exactly: the change is not a weighted sum of factors")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name, version and the fields that differ from their defaults, ready for JSON."""
+        default = {
+            f.name: f.default_factory() if callable(f.default_factory) else f.default for f in dataclasses.fields(self)
+        }
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if v != default[k]}
+        return {"method": self.name, "version": self.version, **fields}
+
+
+def from_dict(record: Mapping[str, Any]) -> Method:
+    """The Method that `to_dict` wrote. Unknown methods, newer versions and unknown fields are errors."""
+    fields = dict(record)
+    method = get(str(fields.pop("method", "")))
+    version = fields.pop("version", 1)
+    if version > method.version:
+        raise ConfigError(
+            f"method {method.name!r} was saved in version {version}, this deltaw reads up to {method.version}: upgrade"
+        )
+    known = {f.name for f in dataclasses.fields(method)}
+    unknown = [f"no field {name!r}{did_you_mean(name, known)}" for name in fields if name not in known]
+    if unknown:
+        raise faults(ConfigError, f"method {method.name!r}", unknown)
+    return method(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+_METHODS: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: make the Method known as `name` to configurations, files and `get`."""
+
+    def add(method: type[Method]) -> type[Method]:
+        taken = _METHODS.get(name)
+        if taken is not None and taken.__qualname__ != method.__qualname__:
+            raise ConfigError(f"method name {name!r} is taken by {taken.__module__}.{taken.__qualname__}")
+        method.name = name
+        _METHODS[name] = method
+        return method
+
+    return add
+
+
+def get(name: str) -> type[Method]:
+    """The Method class called `name`, e.g. get("lora")."""
+    plugins.load("deltaw.methods")
+    if name not in _METHODS:
+        raise ConfigError(f"no method {name!r}{did_you_mean(name, _METHODS)}; known: {', '.join(sorted(_METHODS))}")
+    return _METHODS[name]
+
+
+def names() -> list[str]:
+    """All registered method names, sorted."""
+    plugins.load("deltaw.methods")
+    return sorted(_METHODS)

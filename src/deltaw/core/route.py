@@ -1,0 +1,128 @@
+"""What is live: which adapters of a model act, and how strongly.
+
+    with use(model, {"sql": 1.0, "tone": 0.5}): ...      W' = W + 1.0·ΔW_sql + 0.5·ΔW_tone
+    use(model, "sql")                                    switches for good
+    use(model, {})                                       the base
+
+A switch replaces one tuple per adapted module: no walk over parameters, no `requires_grad`, no copies.
+"""
+
+import math
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.adapter import Adapter, WeightAdapter
+from deltaw.core.errors import UseError, did_you_mean, faults
+
+Live = tuple[Adapter, Any, Tensor | None]
+"""One live adapter of a module: the adapter, the view of its host, its strength (None = 1)."""
+Route = Mapping[str, float]
+"""Adapter name → strength. Names left out, and strength 0, are off."""
+
+
+class _Stamp:
+    """Replaced by every attach and detach; a cached index with another stamp is stale. Copies never compare equal."""
+
+
+_stamp = _Stamp()
+
+
+def changed() -> None:
+    """Forget all cached lists of adapted modules. Called whenever adapters come or go."""
+    global _stamp
+    _stamp = _Stamp()
+
+
+def adapted_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that carry adapters, in model order. Cached until adapters come or go."""
+    cached = model.__dict__.get("_adapted")
+    if cached is None or cached[0] is not _stamp:
+        found = [m for m in model.modules() if "live" in m.__dict__]
+        cached = model.__dict__["_adapted"] = (_stamp, found)
+    return cached[1]
+
+
+def names(model: nn.Module) -> list[str]:
+    """Names of the adapters attached to `model`, in order of first appearance."""
+    return list(dict.fromkeys(name for module in adapted_modules(model) for name in module.adapters))
+
+
+def live(model: nn.Module) -> dict[str, float]:
+    """The current route: live adapters and their strengths."""
+    route: dict[str, float] = {}
+    for module in adapted_modules(model):
+        for adapter, _, strength in module.__dict__["live"]:
+            if adapter.name not in route:
+                route[adapter.name] = 1.0 if strength is None else float(strength)
+    return route
+
+
+class use:
+    """Make exactly these adapters live, at once; as a context manager, go back to what was live before on exit.
+
+    `route`: {name: strength}, a name, or {} for the base. Strengths are any finite numbers and scale ΔW; an adapter
+    whose change is not a ΔW takes 0 or 1 only. Raises UseError for names that are not attached, merged adapters and
+    strengths that cannot be.
+    """
+
+    def __init__(self, model: nn.Module, route: Route | str):
+        self.model = model
+        self.route = {route: 1.0} if isinstance(route, str) else dict(route)
+        self.modules = adapted_modules(model)
+        _check(model, self.modules, self.route)
+        self.before = live(model)
+        apply(self.modules, self.route)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        there = set(names(self.model))
+        apply(adapted_modules(self.model), {name: w for name, w in self.before.items() if name in there})
+
+
+def apply(modules: list[nn.Module], route: Route) -> None:
+    """Write the live tuple of every adapted module. The route must have been checked."""
+    wanted = [(name, None if w == 1.0 else torch.tensor(w)) for name, w in route.items() if w != 0.0]
+    if len(wanted) == 1 and wanted[0][1] is None:
+        name = wanted[0][0]
+        for module in modules:
+            module.__dict__["live"] = module.__dict__["entries"].get(name, ())
+        return
+    for module in modules:
+        entries = module.__dict__["entries"]
+        module.__dict__["live"] = tuple(
+            (adapter, host, strength) for name, strength in wanted for adapter, host, _ in entries.get(name, ())
+        )
+
+
+def _check(model: nn.Module, modules: list[nn.Module], route: Route) -> None:
+    found: list[str] = []
+    known = dict.fromkeys(name for module in modules for name in module.__dict__["entries"])
+    for name, w in route.items():
+        if name not in known:
+            there = f"attached: {', '.join(known)}" if known else "no adapter is attached to this model"
+            found.append(f"no adapter {name!r}{did_you_mean(name, known)} ({there})")
+        elif isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w):
+            found.append(f"strength {w!r} of {name!r} is not a finite number")
+        elif any(name in m.__dict__.get("merged", ()) for m in modules) and w != 0:
+            found.append(f"{name!r} is merged into the weights: unmerge the model before routing it")
+        elif w not in (0, 1):
+            rigid = {
+                type(a).__name__
+                for m in modules
+                for a, _, _ in m.__dict__["entries"].get(name, ())
+                if not isinstance(a, WeightAdapter)
+            }
+            if rigid:
+                found.append(
+                    f"{name!r} has parts without a ΔW ({', '.join(sorted(rigid))}): its strength is 0 or 1, not {w}"
+                )
+    if found:
+        raise faults(UseError, "cannot use these adapters", found)

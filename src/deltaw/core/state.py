@@ -1,0 +1,120 @@
+"""AdapterState: an adapter outside any model. What files, mixing and analysis speak.
+
+    state.methods   {(path, slot): Method}                     resolved: no patterns left
+    state.tensors   {(path, slot): {name: Tensor}}             on the CPU
+    w * state, state + state                                   exact weighted sums of ΔW; ranks and alphas are free
+
+extract(model, name) and insert(model, state, name) go between a model and a state.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw.core.adapter import Factors, WeightAdapter
+from deltaw.core.base import BaseIdentity
+from deltaw.core.errors import FileError, UseError, faults
+from deltaw.core.host import HostSpec
+from deltaw.core.method import Method, Site
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    methods: Mapping[Site, Method]
+    tensors: Mapping[Site, Mapping[str, Tensor]]
+    base: BaseIdentity | None = None
+    """The base it was trained on; None for a stranger's file that does not say."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Free facts that travel with the files: task type, recipe, metrics, parents."""
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for group in self.tensors.values() for tensor in group.values())
+
+    def factors(self, site: Site) -> Factors | None:
+        """The change at `site` as low-rank factors, where it is exactly that."""
+        return self.methods[site].factors(self.tensors[site])
+
+    def __mul__(self, weight: float) -> "AdapterState":
+        return combine([self], [weight])
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: "AdapterState") -> "AdapterState":
+        if not isinstance(other, AdapterState):
+            return NotImplemented
+        return combine([self, other], [1.0, 1.0])
+
+
+def combine(states: Sequence[AdapterState], weights: Sequence[float]) -> AdapterState:
+    """Σ wᵢ·ΔWᵢ as one state, exact to rounding. Sites that only some states adapt keep just those terms."""
+    if len(states) != len(weights) or not states:
+        raise UseError(
+            f"{len(states)} states and {len(weights)} weights: give one weight per state, and at least one state"
+        )
+    _same_base(states)
+    methods: dict[Site, Method] = {}
+    tensors: dict[Site, Mapping[str, Tensor]] = {}
+    found: list[str] = []
+    for site in dict.fromkeys(site for state in states for site in state.methods):
+        parts = [
+            (s.methods[site], s.tensors[site], float(w))
+            for s, w in zip(states, weights, strict=True)
+            if site in s.methods
+        ]
+        try:
+            methods[site], tensors[site] = parts[0][0].combine(parts)
+        except UseError as error:
+            found.append(f"{site}: {error}")
+    if found:
+        raise faults(UseError, "these adapters cannot be mixed exactly", found)
+    return AdapterState(methods, tensors, base=next((s.base for s in states if s.base), None), meta={})
+
+
+def _same_base(states: Sequence[AdapterState]) -> None:
+    bases = [state.base for state in states if state.base is not None]
+    for other in bases[1:]:
+        difference = bases[0].difference(other)
+        if difference:
+            raise UseError(f"adapters of two different bases cannot be mixed: {difference}")
+
+
+def check(
+    methods: Mapping[Site, Method], tensors: Mapping[Site, Mapping[str, Tensor]], specs: Mapping[Site, HostSpec]
+) -> None:
+    """Every tensor must have the name and shape that its method builds for its host, and be finite; all faults at once."""
+    found: list[str] = []
+    for site, method in methods.items():
+        reason = method.unfit(specs[site])
+        if reason:
+            found.append(f"{site}: {reason}")
+            continue
+        with torch.device("meta"):
+            expected = {name: tuple(p.shape) for name, p in method.build(specs[site]).named_parameters()}
+        given = {name: tuple(tensor.shape) for name, tensor in tensors[site].items()}
+        for name in sorted(expected.keys() | given.keys()):
+            if expected.get(name) != given.get(name):
+                host = "×".join(map(str, specs[site].shape))
+                have, want = given.get(name, "missing"), expected.get(name, f"no such tensor in {method.name}")
+                found.append(f"{site}: {name} is {have}, expected {want} for this {host} layer")
+            elif not torch.isfinite(tensors[site][name]).all():
+                found.append(f"{site}: {name} holds NaN or infinite values")
+    if found:
+        raise faults(FileError, "the adapter's tensors do not fit", found)
+
+
+def delta(state: AdapterState, site: Site, weight: Tensor, *, lookup: bool = False, groups: int = 1) -> Tensor:
+    """ΔW at `site` in fp32 for the canonical dense base weight [out, in, *kernel]; reads no model.
+
+    `lookup` marks an embedding's weight, given as [dim, vocab]; `groups` those of a convolution.
+    """
+    adapter = state.methods[site].build(HostSpec(tuple(weight.shape), groups=groups, lookup=lookup))
+    if not isinstance(adapter, WeightAdapter):
+        raise UseError(f"{site}: {state.methods[site].name} has no ΔW, its change cannot be written into a weight")
+    adapter.load_state_dict(dict(state.tensors[site]))
+    full = weight.float()
+    with torch.no_grad():
+        return adapter.merged(full) - full

@@ -1,0 +1,291 @@
+"""Which modules an adapter goes to: names, presets and patterns → a TargetPlan that prints as a table.
+
+    targets                 meaning
+    "all-linear"            every linear layer except the model's heads
+    "attention"             the linear layers inside attention modules
+    "mlp"                   the linear layers of repeated blocks that are not in attention
+    "q_proj"                modules of that name, at any depth; "self_attn.q_proj" anchors it further
+    "model.layers.0.mlp.up_proj"     one module by its full path; "" is the model itself
+    r".*layers\\.[0-3]\\..*_proj"     a regular expression over the full path
+    ["q_proj", "mlp"]       several of these
+
+Planning is pure: it reads facts about modules and never touches the model. A pattern that matches nothing, or only
+modules that cannot carry the method, is an error that names what is there.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from deltaw.core.errors import TargetError, did_you_mean, faults
+from deltaw.core.host import HostSpec, WeightHost, kind_of
+from deltaw.core.method import Method, Site
+
+PRESETS = ("all-linear", "attention", "mlp")
+Targets = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class ModuleFact:
+    """What planning knows of one module."""
+
+    path: str
+    layer: str
+    """Class name."""
+    lineage: tuple[str, ...]
+    """Class names of the modules above it, outermost first."""
+    slots: dict[str, HostSpec]
+    """Slots the method's protocol finds here, with their shapes; empty where the module cannot carry it."""
+    parameters: tuple[str, ...]
+    """Names of the parameters the module itself owns."""
+    head: bool
+    """True for modules outside the model's body (language-model and classifier heads)."""
+    refusal: str | None = None
+    """Why adapters on this module would be ignored or wrong."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One planned adapter: its site, the layer it sits on and the method with all values resolved."""
+
+    site: Site
+    layer: str
+    spec: HostSpec
+    method: Method
+    trainable: int
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """What `attach` does, or did. `print(plan)` shows it as a table, equal layers folded into one line."""
+
+    targets: tuple[Target, ...]
+    base_parameters: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def trainable(self) -> int:
+        """Trainable parameters of the adapter."""
+        return sum(target.trainable for target in self.targets)
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the adapted modules, in model order, each once."""
+        return list(dict.fromkeys(target.site.path for target in self.targets))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __str__(self) -> str:
+        rows: dict[tuple[str, ...], list[int]] = {}
+        for t in self.targets:
+            folded = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", str(t.site))
+            rank = getattr(t.method, "rank", None)
+            key = (folded, t.layer, "×".join(map(str, t.spec.shape)), t.method.name, "–" if rank is None else str(rank))
+            rows.setdefault(key, []).append(t.trainable)
+        table = [("module", "layer", "shape", "method", "rank", "count", "trainable")]
+        table += [(*key, str(len(counts)), f"{sum(counts):,}") for key, counts in rows.items()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        share = 100 * self.trainable / self.base_parameters if self.base_parameters else 0.0
+        lines.append(
+            f"{len(self.targets)} adapters, {self.trainable:,} trainable, {share:.4g} % of the base's {self.base_parameters:,}"
+        )
+        return "\n".join([*lines, *self.notes])
+
+
+def facts(model: nn.Module, method: Method) -> list[ModuleFact]:
+    """Facts of every module of `model`, as the method's protocol sees them."""
+    body = _body(model)
+    output = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    result: list[ModuleFact] = []
+    lineage: dict[str, tuple[str, ...]] = {}
+    for path, module in model.named_modules():
+        layer = getattr(type(module), "base_class", type(module))  # the class it had before adapters were attached
+        above = lineage[path.rpartition(".")[0]] if path else ()
+        lineage[path] = (*above, layer.__name__) if path else (layer.__name__,)
+        own = tuple(name for name, p in module._parameters.items() if p is not None)
+        kind = kind_of(type(module), method.host)
+        slots: dict[str, HostSpec] = {}
+        refusal = None
+        if kind is not None:
+            for slot in kind.slots or own:
+                if module._parameters.get(slot) is not None:
+                    host = kind(module, slot)
+                    slots[slot], refusal = host.spec, refusal or host.fault()
+        parent = model.get_submodule(path.rpartition(".")[0]) if path else None
+        if isinstance(parent, nn.MultiheadAttention) and issubclass(method.host, WeightHost):
+            refusal = "nn.MultiheadAttention reads out_proj.weight itself, an adapter there would be ignored"
+        head = module is output or (body is not None and bool(path) and path.split(".")[0] not in body)
+        result.append(ModuleFact(path, layer.__name__, lineage[path], slots, own, head, refusal))
+    return result
+
+
+def _body(model: nn.Module) -> set[str] | None:
+    """Names of the model's children that form its body, where the model tells (transformers: base_model_prefix)."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return {prefix} if prefix and isinstance(model._modules.get(prefix), nn.Module) else None
+
+
+def _in_attention(fact: ModuleFact) -> bool:
+    above = [*fact.lineage[:-1], *fact.path.split(".")[:-1]]
+    return any("attention" in name.lower() or "attn" in name.lower() for name in above)
+
+
+def _matches(pattern: str, fact: ModuleFact, whole: bool) -> bool:
+    """Does one pattern hit one module? With `whole`, a hit on a module above it counts too (fully trained modules)."""
+    if pattern in PRESETS:
+        linear = (
+            not whole
+            and "Embedding" not in fact.layer
+            and any(spec.linear and not spec.lookup for spec in fact.slots.values())
+        )
+        if pattern == "all-linear":
+            kernel = any(len(spec.shape) > 2 for spec in fact.slots.values())
+            return linear and not kernel and not fact.head
+        block = bool(re.search(r"\.\d+\.", fact.path))
+        return (
+            linear
+            and not fact.head
+            and (_in_attention(fact) if pattern == "attention" else block and not _in_attention(fact))
+        )
+    plain = re.fullmatch(r"[\w.\-]*", pattern) is not None
+    parts = fact.path.split(".")
+    candidates = [".".join(parts[: i + 1]) for i in range(len(parts))] if whole else [fact.path]
+    if plain:
+        return any(c == pattern or (pattern and c.endswith("." + pattern)) for c in candidates)
+    return any(re.fullmatch(pattern, c) for c in candidates)
+
+
+def _layer_index(path: str) -> int | None:
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+    return int(found.group(1)) if found else None
+
+
+def parse_layers(layers: str | Iterable[int]) -> set[int]:
+    """ "0-3,7" or integers → the set of layer indices."""
+    if not isinstance(layers, str):
+        return set(layers)
+    result: set[int] = set()
+    for piece in layers.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", piece)
+        if not found:
+            raise TargetError(f"layers={layers!r} is not a range: write for example '0-3,7'")
+        first = int(found.group(1))
+        result.update(range(first, int(found.group(2) or first) + 1))
+    return result
+
+
+def plan(
+    model: nn.Module,
+    method: Method,
+    targets: Targets,
+    *,
+    exclude: Targets = (),
+    layers: str | Iterable[int] | None = None,
+) -> TargetPlan:
+    """Resolve `targets` against `model` for `method`. Pure; raises TargetError with every fault found."""
+    known = facts(model, method)
+    whole = not issubclass(method.host, WeightHost)
+    found: list[str] = []
+    notes: list[str] = []
+    chosen: dict[str, ModuleFact] = {}
+    for pattern in _patterns(targets, found):
+        hits = [fact for fact in known if _matches(pattern, fact, whole)]
+        able = [fact for fact in hits if fact.slots]
+        if not able:
+            found.append(_nothing(pattern, hits, known, method))
+        chosen |= {fact.path: fact for fact in able}
+        if pattern in PRESETS:
+            for fact in able:
+                if fact.refusal:
+                    notes.append(f"left out {fact.path}: {fact.refusal}")
+                    del chosen[fact.path]
+    for pattern in _patterns(exclude, found):
+        gone = [path for path, fact in chosen.items() if _matches(pattern, fact, True)]
+        if not gone:
+            found.append(f"exclude={pattern!r} takes nothing away from the targets")
+        for path in gone:
+            del chosen[path]
+    if layers is not None:
+        wanted = parse_layers(layers)
+        missing = wanted - {_layer_index(path) for path in chosen}
+        if missing:
+            found.append(
+                f"layers {sorted(missing)} hold no target; targets are in layers {sorted(i for i in map(_layer_index, chosen) if i is not None)[-1:]} and below"
+            )
+        chosen = {path: fact for path, fact in chosen.items() if _layer_index(path) in wanted}
+    found += [f"{path or 'the model itself'}: {fact.refusal}" for path, fact in chosen.items() if fact.refusal]
+
+    by_path = {fact.path: fact for fact in known}
+    extra = method.companions({fact.path: fact.parameters for fact in known}, list(chosen))
+    planned: list[Target] = []
+    saved = {site.path for site in extra if site.slot == "weight"}
+    for path in [path for path in chosen if path not in saved]:
+        for slot, spec in chosen[path].slots.items():
+            reason = method.unfit(spec)
+            if reason:
+                found.append(
+                    f"{path or 'the model itself'} ({chosen[path].layer} {'×'.join(map(str, spec.shape))}): {reason}"
+                )
+            else:
+                planned.append(_target(Site(path, slot), chosen[path].layer, spec, method))
+    found += method.unused([t.site.path for t in planned])
+    for site, companion in extra.items():
+        parameter = model.get_submodule(site.path)._parameters[site.slot]
+        assert parameter is not None
+        spec = HostSpec(tuple(parameter.shape), linear=False)
+        planned.append(_target(site, by_path[site.path].layer, spec, companion))
+    if found:
+        raise faults(TargetError, f"targets for {type(method).__name__}", found)
+    base = sum(p.numel() for p in model.parameters()) - adapter_parameters(model)
+    return TargetPlan(tuple(planned), base, tuple(notes))
+
+
+def adapter_parameters(model: nn.Module) -> int:
+    """Parameters that live under an Adapter."""
+    from_adapters = {id(p): p.numel() for m in model.modules() if hasattr(m, "start_from") for p in m.parameters()}
+    return sum(from_adapters.values())
+
+
+def _target(site: Site, layer: str, spec: HostSpec, method: Method) -> Target:
+    resolved = method.at(site.path, spec)
+    with torch.device("meta"):  # shapes only: nothing is drawn or allocated
+        adapter = resolved.build(spec)
+    return Target(site, layer, spec, resolved, sum(p.numel() for p in adapter.parameters()))
+
+
+def _patterns(targets: Targets, found: list[str]) -> list[str]:
+    listed = [targets] if isinstance(targets, str) else list(targets)
+    for pattern in listed:
+        if not isinstance(pattern, str):
+            found.append(f"{pattern!r} is not a module name, preset or pattern")
+            continue
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            found.append(f"{pattern!r} is not a valid regular expression: {error}")
+    return [] if found else listed
+
+
+def _nothing(pattern: str, hits: Sequence[ModuleFact], known: Sequence[ModuleFact], method: Method) -> str:
+    """The sentence for a pattern that adapts nothing."""
+    able = [fact for fact in known if fact.slots]
+    if hits:
+        kinds = ", ".join(sorted({fact.layer for fact in hits}))
+        inside = sum(1 for fact in able if any(fact.path.startswith(hit.path + ".") for hit in hits))
+        hint = f"; {inside} modules inside can: name those" if inside else ""
+        return f"{pattern!r} matches {len(hits)} modules ({kinds}), none of which can carry {method.name}{hint}"
+    leaves = Counter(fact.path.rpartition(".")[2] for fact in able)
+    hint = did_you_mean(pattern.rpartition(".")[2], leaves) or did_you_mean(pattern, [fact.path for fact in able])
+    near = [name for name in leaves if f"{name!r}" in hint]
+    if near:
+        return f"no module matched {pattern!r}{hint} ({leaves[near[0]]} modules)"
+    listed = ", ".join(f"{name} ({count})" for name, count in leaves.most_common(12))
+    return f"no module matched {pattern!r}{hint}; {method.name} fits: {listed or 'no module of this model'}"

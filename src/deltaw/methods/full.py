@@ -1,0 +1,87 @@
+"""Full: a trained copy of a parameter, as part of an adapter. W' = the copy; biases, heads, norms, whole modules.
+
+The base keeps its own tensor; while the adapter is live the module runs with the copy in its place. Strength w gives
+W + w·(copy − W). Kept in fp32 beside a base of any dtype and cast to it in the forward.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.adapter import Adapter, Call, WeightAdapter
+from deltaw.core.errors import ConfigError, UseError, did_you_mean, faults
+from deltaw.core.host import HostSpec, ParameterHost
+from deltaw.core.method import Method, Part, Site, register
+
+
+class FullAdapter(WeightAdapter):
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.copy = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+
+    def start_from(self, host: ParameterHost) -> None:
+        with torch.no_grad():
+            self.copy.copy_(host.weight)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return self.copy.float()
+
+    def forward(self, host: Any, call: Call, strength: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        def change(current: Tensor, base: Tensor) -> Tensor:
+            copy = self.copy.to(base.dtype)
+            if strength is None and current is base:
+                return copy
+            return current + (copy - base) * (1.0 if strength is None else strength.to(base.dtype))
+
+        with host.replaced(change):
+            return call(*args, **kwargs)
+
+
+@register("full")
+@dataclass(frozen=True, kw_only=True)
+class Full(Method):
+    host = ParameterHost
+
+    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+        return FullAdapter(spec.shape)
+
+    def combine(self, parts: Sequence[Part]) -> tuple[Method, dict[str, Tensor]]:
+        if any(not isinstance(method, Full) for method, _, _ in parts):
+            return super().combine(parts)
+        total = sum(weight for _, _, weight in parts)
+        if abs(total - 1.0) > 1e-6:
+            raise UseError(
+                f"weights of trained copies sum to {total:g}: copies are absolute values, their mix is exact only "
+                "where the weights sum to 1 (mixing.exact([a, b], [w, 1 - w])), or live with use(model, {...})"
+            )
+        return self, {"copy": torch.stack([tensors["copy"].float() * w for _, tensors, w in parts]).sum(0)}
+
+
+def companions(
+    bias: str, modules_to_save: Sequence[str], parameters: Mapping[str, Sequence[str]], targets: Sequence[str]
+) -> dict[Site, Method]:
+    """Sites of the trained biases and modules that a method's options `bias` and `modules_to_save` ask for."""
+    result: dict[Site, Method] = {}
+    if bias != "none":
+        chosen = parameters if bias == "all" else targets
+        result |= {Site(path, "bias"): Full() for path in chosen if "bias" in parameters[path]}
+    found: list[str] = []
+    for name in modules_to_save:
+        inside = [path for path in parameters if re.search(rf"(^|\.){re.escape(name)}(\.|$)", path)]
+        owned = {Site(path, slot): Full() for path in inside for slot in parameters[path]}
+        if not owned:
+            found.append(
+                f"modules_to_save={name!r} matches no module with parameters{did_you_mean(name, _leaves(parameters))}"
+            )
+        result |= owned
+    if found:
+        raise faults(ConfigError, "modules to train in full", found)
+    return result
+
+
+def _leaves(parameters: Mapping[str, Sequence[str]]) -> list[str]:
+    return [path.rpartition(".")[2] for path, own in parameters.items() if own]
