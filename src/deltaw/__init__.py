@@ -1,3 +1,71 @@
-"""deltaw: adapt pretrained PyTorch models by a small low-rank change beside frozen weights, W' = W + (α/r)·B·A."""
+"""deltaw: adapt pretrained PyTorch models by a small low-rank change beside frozen weights, W' = W + (α/r)·B·A.
+
+    import deltaw
+    deltaw.attach(model, deltaw.LoRA(rank=16, alpha=32), targets="all-linear", name="sql")
+
+Names are imported on first use, so that `import deltaw` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_WHERE = {
+    "AdapterState": "deltaw.core.state",
+    "DeltawError": "deltaw.core.errors",
+    "DoRA": "deltaw.methods.dora",
+    "Full": "deltaw.methods.full",
+    "LoRA": "deltaw.methods.lora",
+    "TargetPlan": "deltaw.core.targets",
+    "TokenRows": "deltaw.methods.token_rows",
+    "attach": "deltaw.core.attach",
+    "detach": "deltaw.core.attach",
+    "evaluate": "deltaw.infer.evaluate",
+    "extract": "deltaw.core.attach",
+    "generate": "deltaw.infer.generate",
+    "insert": "deltaw.core.attach",
+    "load": "deltaw.models.adapters",
+    "load_base": "deltaw.models.base",
+    "merge": "deltaw.core.merge",
+    "mixing": "deltaw.mixing",
+    "nn": "deltaw.nn",
+    "resume": "deltaw.training.run",
+    "save": "deltaw.models.adapters",
+    "train": "deltaw.training.run",
+    "unmerge": "deltaw.core.merge",
+    "use": "deltaw.core.route",
+}
+
+__all__ = ["__version__", *_WHERE]
+
+if TYPE_CHECKING:
+    from deltaw import mixing, nn
+    from deltaw.core.attach import attach, detach, extract, insert
+    from deltaw.core.errors import DeltawError
+    from deltaw.core.merge import merge, unmerge
+    from deltaw.core.route import use
+    from deltaw.core.state import AdapterState
+    from deltaw.core.targets import TargetPlan
+    from deltaw.infer.evaluate import evaluate
+    from deltaw.infer.generate import generate
+    from deltaw.methods.dora import DoRA
+    from deltaw.methods.full import Full
+    from deltaw.methods.lora import LoRA
+    from deltaw.methods.token_rows import TokenRows
+    from deltaw.models.adapters import load, save
+    from deltaw.models.base import load_base
+    from deltaw.training.run import resume, train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
+    module = importlib.import_module(_WHERE[name])
+    value = module if _WHERE[name] == f"deltaw.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -27,6 +27,10 @@ class Factors(NamedTuple):
 class Adapter(nn.Module):
     """Base of all adapters. Subclasses hold Parameters and override `forward`."""
 
+    name: str
+    """The adapter's name in the model, and its resolved `method`: both set when it is attached."""
+    method: Any
+
     def start_from(self, host: Any) -> None:
         """Set initial values that depend on the base (magnitudes, copies). Called by `attach`, not by `insert`."""
 

@@ -93,8 +93,15 @@ def sample(named: Sequence[tuple[str, Tensor]]) -> dict[str, Sample]:
     return result
 
 
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Named modules of the base: without the adapters and what holds them."""
+    holders = [module.get_submodule("adapters") for module in model.modules() if "entries" in module.__dict__]
+    owned = {id(module) for holder in holders for module in holder.modules()}
+    return ((path, module) for path, module in model.named_modules() if id(module) not in owned)
+
+
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Named parameters of the base: everything that does not live under an Adapter. Pristine copies stand for merged ones."""
+    """Named parameters of the base, all that does not live under an Adapter; pristine copies stand for merged ones."""
     owned = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
     pristine = {
         id(module._parameters[slot]): kept

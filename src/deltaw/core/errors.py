@@ -17,6 +17,8 @@ from collections.abc import Iterable, Sequence
 
 class DeltawError(ValueError):
     code = 1
+    faults: tuple[str, ...] = ()
+    """The single faults, where several were collected."""
 
 
 class UseError(DeltawError):
@@ -53,12 +55,13 @@ class TrainError(DeltawError):
 
 def faults(error: type[DeltawError], head: str, found: Sequence[str], limit: int = 12) -> DeltawError:
     """One error for all `found` faults: a single fault reads as one sentence, several as a list."""
-    if len(found) == 1:
-        return error(f"{head}: {found[0]}")
     shown = [f"  - {fault}" for fault in found[:limit]]
     if len(found) > limit:
         shown.append(f"  - … and {len(found) - limit} more")
-    return error("\n".join([f"{head} ({len(found)} faults):", *shown]))
+    many = "\n".join([f"{head} ({len(found)} faults):", *shown])
+    result = error(f"{head}: {found[0]}" if len(found) == 1 else many)
+    result.faults = tuple(found)
+    return result
 
 
 def did_you_mean(given: str, known: Iterable[str], limit: int = 3) -> str:

@@ -67,12 +67,27 @@ class Host:
     def spec(self) -> HostSpec:
         raise NotImplementedError
 
+    @classmethod
+    def has(cls, module: nn.Module, slot: str) -> bool:
+        """Is the slot there? A forward-only host, whose slots are no parameters, overrides this."""
+        return module._parameters.get(slot) is not None
+
     @property
-    def parameter(self) -> nn.Parameter:
-        """The stored parameter behind the slot."""
+    def parameter(self) -> Tensor:
+        """The base's own parameter behind the slot: the pristine one while a merge or a trained copy stands for it."""
+        pristine = self.module.__dict__.get("pristine", {}).get(self.slot)
+        return self.stored if pristine is None else pristine
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """What the module computes with now; merges write here."""
         parameter = self.module._parameters[self.slot]
         assert parameter is not None
         return parameter
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
 
     def fault(self) -> str | None:
         """Why this very module cannot carry adapters, or None."""
@@ -86,13 +101,13 @@ class WeightHost(Host):
 
     @property
     def weight(self) -> Tensor:
-        """Canonical dense weight in its own dtype; a view of the parameter where possible. Do not write to it."""
+        """The base's canonical dense weight in its own dtype; a view of the parameter where possible. Do not write."""
         return self.parameter
 
     def write(self, weight: Tensor) -> None:
         """Store a canonical weight (any float dtype) in the parameter, in the parameter's dtype and layout."""
         with torch.no_grad():
-            self.parameter.copy_(weight)
+            self.stored.copy_(weight)
 
     def op(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's operator with another canonical weight, without bias. Linear in `weight`."""
@@ -114,7 +129,7 @@ class WeightHost(Host):
     def fault(self) -> str | None:
         """Where a subclass brings a forward of its own, compare `op` with it on a random input instead of trusting."""
         module, layer = self.module, type(self.module)
-        known = [cls for cls in layer.__mro__ if type(self) in _KINDS.get(_qualified(cls), ())]
+        known: list[Any] = [cls for cls in layer.__mro__ if type(self) in _KINDS.get(_qualified(cls), ())]
         if hasattr(layer, "base_class") or layer.forward is known[0].forward or self.parameter.device.type == "meta":
             return None
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -136,37 +151,33 @@ class WeightHost(Host):
 class ParameterHost(Host):
     """Any module that owns parameters, seen as stored: the host of fully trained copies (weights, biases, norms)."""
 
-    def __init__(self, module: nn.Module, slot: str):
-        super().__init__(module, slot)
-        self._pristine: Tensor | None = None
-
     @property
     def spec(self) -> HostSpec:
         return HostSpec(tuple(self.parameter.shape), linear=False)
 
     @property
     def weight(self) -> Tensor:
-        """The base's own tensor, also while a replacement runs."""
-        return self.parameter if self._pristine is None else self._pristine
+        return self.parameter
 
     def write(self, weight: Tensor) -> None:
         with torch.no_grad():
-            self.parameter.copy_(weight)
+            self.stored.copy_(weight)
 
     @contextlib.contextmanager
     def replaced(self, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
         """Run the module with change(current, base) in place of the parameter; several replacements nest."""
-        current, outermost = self.module._parameters[self.slot], self._pristine is None
-        assert current is not None
+        parameters: dict[str, Any] = self.module._parameters
+        pristine = self.module.__dict__["pristine"]
+        current, outermost = self.stored, self.slot not in pristine
         if outermost:
-            self._pristine = current
+            pristine[self.slot] = current
         try:
-            self.module._parameters[self.slot] = change(current, self.weight)  # type: ignore[assignment]
+            parameters[self.slot] = change(current, self.weight)
             yield
         finally:
-            self.module._parameters[self.slot] = current
+            parameters[self.slot] = current
             if outermost:
-                self._pristine = None
+                del pristine[self.slot]
 
 
 _KINDS: dict[str, list[type[Host]]] = {}  # qualified name of a layer class → views of it

@@ -35,7 +35,7 @@ Part = tuple["Method", Mapping[str, Tensor], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Base of all methods. Subclasses add fields (each with a docstring), check them in `invalid` and build adapters."""
+    """Base of all methods. Subclasses add fields, each with a docstring, check them in `invalid` and build adapters."""
 
     name: ClassVar[str]
     version: ClassVar[int] = 1

@@ -25,7 +25,7 @@ Route = Mapping[str, float]
 
 
 class _Stamp:
-    """Replaced by every attach and detach; a cached index with another stamp is stale. Copies never compare equal."""
+    """Replaced by every attach, detach and merge; an index with another stamp is stale. Copies never compare equal."""
 
 
 _stamp = _Stamp()
@@ -48,7 +48,7 @@ def adapted_modules(model: nn.Module) -> list[nn.Module]:
 
 def names(model: nn.Module) -> list[str]:
     """Names of the adapters attached to `model`, in order of first appearance."""
-    return list(dict.fromkeys(name for module in adapted_modules(model) for name in module.adapters))
+    return list(dict.fromkeys(name for module in adapted_modules(model) for name in module.__dict__["entries"]))
 
 
 def live(model: nn.Module) -> dict[str, float]:
@@ -74,7 +74,8 @@ class use:
         self.route = {route: 1.0} if isinstance(route, str) else dict(route)
         self.modules = adapted_modules(model)
         _check(model, self.modules, self.route)
-        self.before = live(model)
+        self.before = {module: module.__dict__["live"] for module in self.modules}
+        self.stamp = _stamp
         apply(self.modules, self.route)
 
     def __enter__(self) -> Self:
@@ -83,8 +84,15 @@ class use:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        there = set(names(self.model))
-        apply(adapted_modules(self.model), {name: w for name, w in self.before.items() if name in there})
+        if self.stamp is _stamp:
+            for module, entries in self.before.items():
+                module.__dict__["live"] = entries
+            return
+        for module in adapted_modules(self.model):  # adapters came, went or were merged in the block
+            state = module.__dict__
+            free = [entry for name, group in state["entries"].items() if name not in state["merged"] for entry in group]
+            there = {id(adapter) for adapter, _, _ in free}
+            state["live"] = tuple(entry for entry in self.before.get(module, ()) if id(entry[0]) in there)
 
 
 def apply(modules: list[nn.Module], route: Route) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deltaw.core.adapter import Factors, WeightAdapter
 from deltaw.core.base import BaseIdentity
-from deltaw.core.errors import FileError, UseError, faults
+from deltaw.core.errors import UseError, did_you_mean, faults
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Site
 
@@ -25,6 +25,8 @@ from deltaw.core.method import Method, Site
 class AdapterState:
     methods: Mapping[Site, Method]
     tensors: Mapping[Site, Mapping[str, Tensor]]
+    specs: Mapping[Site, HostSpec]
+    """Shape of the slot at each site, and what kind of layer it is: what `build` needs."""
     base: BaseIdentity | None = None
     """The base it was trained on; None for a stranger's file that does not say."""
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -71,7 +73,8 @@ def combine(states: Sequence[AdapterState], weights: Sequence[float]) -> Adapter
             found.append(f"{site}: {error}")
     if found:
         raise faults(UseError, "these adapters cannot be mixed exactly", found)
-    return AdapterState(methods, tensors, base=next((s.base for s in states if s.base), None), meta={})
+    specs = {site: spec for state in reversed(states) for site, spec in state.specs.items()}
+    return AdapterState(methods, tensors, specs, base=next((s.base for s in states if s.base), None), meta={})
 
 
 def _same_base(states: Sequence[AdapterState]) -> None:
@@ -82,36 +85,35 @@ def _same_base(states: Sequence[AdapterState]) -> None:
             raise UseError(f"adapters of two different bases cannot be mixed: {difference}")
 
 
-def check(
-    methods: Mapping[Site, Method], tensors: Mapping[Site, Mapping[str, Tensor]], specs: Mapping[Site, HostSpec]
-) -> None:
-    """Every tensor must have the name and shape that its method builds for its host, and be finite; all faults at once."""
-    found: list[str] = []
-    for site, method in methods.items():
-        reason = method.unfit(specs[site])
-        if reason:
-            found.append(f"{site}: {reason}")
-            continue
-        with torch.device("meta"):
-            expected = {name: tuple(p.shape) for name, p in method.build(specs[site]).named_parameters()}
-        given = {name: tuple(tensor.shape) for name, tensor in tensors[site].items()}
-        for name in sorted(expected.keys() | given.keys()):
-            if expected.get(name) != given.get(name):
-                host = "×".join(map(str, specs[site].shape))
-                have, want = given.get(name, "missing"), expected.get(name, f"no such tensor in {method.name}")
-                found.append(f"{site}: {name} is {have}, expected {want} for this {host} layer")
-            elif not torch.isfinite(tensors[site][name]).all():
-                found.append(f"{site}: {name} holds NaN or infinite values")
-    if found:
-        raise faults(FileError, "the adapter's tensors do not fit", found)
+def misfit(method: Method, tensors: Mapping[str, Tensor], spec: HostSpec) -> str | None:
+    """Why `tensors` cannot be those of `method` on a slot of this shape, or None. They must also be finite."""
+    reason = method.unfit(spec)
+    if reason:
+        return reason
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in method.build(spec).named_parameters()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    found = []
+    for name in sorted(expected.keys() | given.keys()):
+        if expected.get(name) != given.get(name):
+            have, want = given.get(name, "missing"), expected.get(name, f"no such tensor in {method.name}")
+            found.append(f"{name} is {have}, expected {want} for this {'×'.join(map(str, spec.shape))} layer")
+        elif not torch.isfinite(tensors[name]).all():
+            found.append(f"{name} holds NaN or infinite values")
+    return "; ".join(found) or None
 
 
-def delta(state: AdapterState, site: Site, weight: Tensor, *, lookup: bool = False, groups: int = 1) -> Tensor:
-    """ΔW at `site` in fp32 for the canonical dense base weight [out, in, *kernel]; reads no model.
+def delta(state: AdapterState, path: Site | str, weight: Tensor) -> Tensor:
+    """ΔW at `path` (a Site, or the path of a module) in fp32, for the canonical dense base weight; reads no model.
 
-    `lookup` marks an embedding's weight, given as [dim, vocab]; `groups` those of a convolution.
+    weight: [out, in, *kernel]; of an embedding its transpose, [dim, vocab].
     """
-    adapter = state.methods[site].build(HostSpec(tuple(weight.shape), groups=groups, lookup=lookup))
+    site = path if isinstance(path, Site) else Site(path)
+    if site not in state.methods:
+        raise UseError(f"the state adapts no {str(site)!r}{did_you_mean(str(site), map(str, state.methods))}")
+    if tuple(weight.shape) != state.specs[site].shape:
+        raise UseError(f"{site}: the weight is {tuple(weight.shape)}, the adapter was made for {state.specs[site].shape}")
+    adapter = state.methods[site].build(state.specs[site])
     if not isinstance(adapter, WeightAdapter):
         raise UseError(f"{site}: {state.methods[site].name} has no ΔW, its change cannot be written into a weight")
     adapter.load_state_dict(dict(state.tensors[site]))

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from deltaw.core.base import base_modules, base_parameters
 from deltaw.core.errors import TargetError, did_you_mean, faults
+from deltaw.core.guards import bypassed
 from deltaw.core.host import HostSpec, WeightHost, kind_of
 from deltaw.core.method import Method, Site
 
@@ -87,26 +89,26 @@ class TargetPlan:
             rank = getattr(t.method, "rank", None)
             key = (folded, t.layer, "×".join(map(str, t.spec.shape)), t.method.name, "–" if rank is None else str(rank))
             rows.setdefault(key, []).append(t.trainable)
-        table = [("module", "layer", "shape", "method", "rank", "count", "trainable")]
+        table: list[tuple[str, ...]] = [("module", "layer", "shape", "method", "rank", "count", "trainable")]
         table += [(*key, str(len(counts)), f"{sum(counts):,}") for key, counts in rows.items()]
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
         ]
         share = 100 * self.trainable / self.base_parameters if self.base_parameters else 0.0
-        lines.append(
-            f"{len(self.targets)} adapters, {self.trainable:,} trainable, {share:.4g} % of the base's {self.base_parameters:,}"
-        )
+        trainable = f"{self.trainable:,} trainable, {share:.4g} % of the base's {self.base_parameters:,}"
+        lines.append(f"{len(self.targets)} adapters, {trainable}")
         return "\n".join([*lines, *self.notes])
 
 
 def facts(model: nn.Module, method: Method) -> list[ModuleFact]:
     """Facts of every module of `model`, as the method's protocol sees them."""
     body = _body(model)
-    output = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
     result: list[ModuleFact] = []
     lineage: dict[str, tuple[str, ...]] = {}
-    for path, module in model.named_modules():
+    for path, module in base_modules(model):
         layer = getattr(type(module), "base_class", type(module))  # the class it had before adapters were attached
         above = lineage[path.rpartition(".")[0]] if path else ()
         lineage[path] = (*above, layer.__name__) if path else (layer.__name__,)
@@ -116,12 +118,10 @@ def facts(model: nn.Module, method: Method) -> list[ModuleFact]:
         refusal = None
         if kind is not None:
             for slot in kind.slots or own:
-                if module._parameters.get(slot) is not None:
+                if kind.has(module, slot):
                     host = kind(module, slot)
                     slots[slot], refusal = host.spec, refusal or host.fault()
-        parent = model.get_submodule(path.rpartition(".")[0]) if path else None
-        if isinstance(parent, nn.MultiheadAttention) and issubclass(method.host, WeightHost):
-            refusal = "nn.MultiheadAttention reads out_proj.weight itself, an adapter there would be ignored"
+        refusal = bypassed(model, path) or refusal
         head = module is output or (body is not None and bool(path) and path.split(".")[0] not in body)
         result.append(ModuleFact(path, layer.__name__, lineage[path], slots, own, head, refusal))
     return result
@@ -217,9 +217,8 @@ def plan(
         wanted = parse_layers(layers)
         missing = wanted - {_layer_index(path) for path in chosen}
         if missing:
-            found.append(
-                f"layers {sorted(missing)} hold no target; targets are in layers {sorted(i for i in map(_layer_index, chosen) if i is not None)[-1:]} and below"
-            )
+            there = sorted({index for index in map(_layer_index, chosen) if index is not None})
+            found.append(f"layers {sorted(missing)} hold no target; targets are in layers {there}")
         chosen = {path: fact for path, fact in chosen.items() if _layer_index(path) in wanted}
     found += [f"{path or 'the model itself'}: {fact.refusal}" for path, fact in chosen.items() if fact.refusal]
 
@@ -238,20 +237,15 @@ def plan(
                 planned.append(_target(Site(path, slot), chosen[path].layer, spec, method))
     found += method.unused([t.site.path for t in planned])
     for site, companion in extra.items():
-        parameter = model.get_submodule(site.path)._parameters[site.slot]
-        assert parameter is not None
-        spec = HostSpec(tuple(parameter.shape), linear=False)
+        reason = bypassed(model, site.path)
+        if reason:
+            found.append(f"{site}: {reason}")
+        spec = companion.host(model.get_submodule(site.path), site.slot).spec
         planned.append(_target(site, by_path[site.path].layer, spec, companion))
     if found:
         raise faults(TargetError, f"targets for {type(method).__name__}", found)
-    base = sum(p.numel() for p in model.parameters()) - adapter_parameters(model)
+    base = sum(p.numel() for _, p in base_parameters(model))
     return TargetPlan(tuple(planned), base, tuple(notes))
-
-
-def adapter_parameters(model: nn.Module) -> int:
-    """Parameters that live under an Adapter."""
-    from_adapters = {id(p): p.numel() for m in model.modules() if hasattr(m, "start_from") for p in m.parameters()}
-    return sum(from_adapters.values())
 
 
 def _target(site: Site, layer: str, spec: HostSpec, method: Method) -> Target:

@@ -13,6 +13,8 @@ from deltaw.core.host import HostSpec, WeightHost, register
 
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class ConvHost(WeightHost):
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d
+
     @property
     def spec(self) -> HostSpec:
         return HostSpec(tuple(self.weight.shape), groups=self.module.groups)

@@ -5,6 +5,7 @@ authors' code and PEFT; the paper writes "column-wise" for its transposed W). Th
 (paper §4.3). Forward, with c = M / ‖W + sBA‖:   y = base(x) + (c − 1)·W x + c·s·B(A(x)); the bias is never scaled.
 
 Row norms without a weight-sized temporary:  ‖W + sBA‖² = ‖W‖² + 2s·rowsum((W Aᵀ)∘B) + s²·rowsum((B(A Aᵀ))∘B).
+Start, forward and merge share this one formula, so that c is exactly 1 as long as B = 0.
 With other adapters live, M scales W + its own sBA only: the others add to the result.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.adapter import Adapter, compute_dtype
+from deltaw.core.adapter import Adapter
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Part, register
 from deltaw.methods.lora import LoRA, LoRAAdapter
@@ -27,15 +28,15 @@ class DoRAAdapter(LoRAAdapter):
 
     def start_from(self, host: Any) -> None:
         with torch.no_grad():
-            self.magnitude.copy_(host.weight.float().flatten(1).norm(dim=1))
+            self.magnitude.copy_(self.norms(host.weight))
 
     def norms(self, weight: Tensor) -> Tensor:
-        """‖W + sBA‖ per row, [out], fp32, outside the graph."""
-        a, b, s = (t.detach().float() if isinstance(t, Tensor) else t for t in super().factors())
-        w = weight.detach().flatten(1).float()
-        cross, gram = w @ a.T, a @ a.T  # [out, r], [r, r]
-        square = w.square().sum(1) + 2 * s * (cross * b).sum(1) + s * s * ((b @ gram) * b).sum(1)
-        return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        """‖W + sBA‖ per row, [out], fp32 also under autocast, outside the graph."""
+        with torch.autocast(weight.device.type, enabled=False):
+            w, a, b = (t.detach().flatten(1).float() for t in (weight, self.lora_A, self.lora_B))
+            cross, gram, s = w @ a.T, a @ a.T, self.scale  # [out, r], [r, r]
+            square = w.square().sum(1) + 2 * s * (cross * b).sum(1) + s * s * ((b @ gram) * b).sum(1)
+            return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
     def factors(self) -> None:  # type: ignore[override]
         return None
@@ -43,16 +44,14 @@ class DoRAAdapter(LoRAAdapter):
     def merged(self, weight: Tensor) -> Tensor:
         a, b = self.lora_A.flatten(1).float(), self.lora_B.flatten(1).float()
         full = weight + self.scale * (b @ a).view(weight.shape)
-        ratio = self.magnitude.float() / full.flatten(1).norm(dim=1)
+        ratio = self.magnitude.float() / self.norms(weight)
         return ratio.view(-1, *[1] * (weight.ndim - 1)) * full
 
     def branch(self, host: Any, x: Tensor) -> Tensor:
-        dtype, weight = compute_dtype(host, x), host.weight
+        weight, x = host.weight, self.dropped(x)  # one mask for both terms
         c = (self.magnitude / self.norms(weight)).view(-1, *[1] * (-1 - host.out_dim))
-        low_rank = super().branch(host, x)
-        if self.dropout and self.training and x.is_floating_point():
-            x = torch.nn.functional.dropout(x, self.dropout)
-        return (c - 1).to(dtype) * host.op(x, weight) + c.to(dtype) * low_rank
+        base, change = host.op(x, weight), self.low_rank(host, x)
+        return (c - 1).to(base.dtype) * base + c.to(change.dtype) * change
 
 
 @register("dora")

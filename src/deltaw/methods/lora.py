@@ -1,4 +1,4 @@
-"""LoRA: W' = W + s·B·A, s = α/r (rsLoRA: α/√r).  Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732.
+"""LoRA: W' = W + s·B·A, s = α/r (rsLoRA: α/√r).  Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, 2312.03732.
 
         x [T, in] ──────────── W [out, in], frozen ────────────┐
             └─ dropout ─ A [r, in] ─ [T, r] ─ B [out, r] ─ · s ─ + ─→ y [T, out]
@@ -42,9 +42,15 @@ class LoRAAdapter(WeightAdapter):
         return weight + scale * (b.float() @ a.float()).view(weight.shape)
 
     def branch(self, host: Any, x: Tensor) -> Tensor:
+        return self.low_rank(host, self.dropped(x))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Dropout on the branch's input; ids have none."""
+        active = self.dropout and self.training and x.is_floating_point()
+        return F.dropout(x, self.dropout) if active else x
+
+    def low_rank(self, host: Any, x: Tensor) -> Tensor:
         dtype = compute_dtype(host, x)
-        if self.dropout and self.training and x.is_floating_point():
-            x = F.dropout(x, self.dropout)
         return host.low_rank(x, self.lora_A.to(dtype), (self.scale * self.lora_B).to(dtype))
 
 
@@ -93,9 +99,10 @@ class LoRA(Method):
         return found
 
     def unfit(self, spec: HostSpec) -> str | None:
-        if self.rank is not None and self.rank > max(spec.shape[0], spec.fan_in):
-            return f"rank {self.rank} is above both dimensions, {spec.shape[0]} and {spec.fan_in}: at most {min(spec.shape[0], spec.fan_in)} is of use"
-        return None
+        small, large = sorted((spec.shape[0], spec.fan_in))
+        if self.rank is None or self.rank <= large:
+            return None
+        return f"rank {self.rank} is above both dimensions, {small} and {large}: at most {small} is of use"
 
     def unused(self, paths: Sequence[str]) -> Sequence[str]:
         names = [path.rpartition(".")[2] for path in paths]

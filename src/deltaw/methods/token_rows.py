@@ -1,6 +1,6 @@
 """TokenRows: a few rows of an embedding trained in full, e.g. those of new special tokens. E'[tokens] = rows.
 
-Rows are absolute values, [n, dim], as in PEFT's trainable_token_indices. y = E[ids], with rows[j] where ids = tokens[j].
+Rows are absolute values, [n, dim], as in PEFT's trainable_token_indices. y = E[ids], with rows[j] where id = tokens[j].
 On the linear head of a tied model the same rows are columns of the same matrix: attach to both, or to the embedding.
 """
 

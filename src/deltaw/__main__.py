@@ -1,0 +1,3 @@
+from deltaw.cli.main import main
+
+main()

@@ -1,0 +1,97 @@
+"""deltaw.json: what PEFT's config cannot say. Method of every site, shapes, identity of the base, digest of the tensors.
+
+{"format": 1, "deltaw": "0.1.0", "layout": "peft" | "native", "digest": "sha256:…", "base": {…},
+ "methods": [{"method": "lora", "rank": 16, …}], "sites": [["model.layers.0.q_proj", "weight", 0, {"shape": […]}]],
+ "meta": {task type, recipe, metrics, parents, …}}
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw import __version__
+from deltaw.core.base import BaseIdentity
+from deltaw.core.errors import FileError
+from deltaw.core.host import HostSpec
+from deltaw.core.method import Method, Site, from_dict
+from deltaw.core.state import AdapterState
+
+FORMAT = 1
+
+
+def write(state: AdapterState, layout: str, tensors: Mapping[str, Tensor]) -> str:
+    """The manifest of a state whose file holds `tensors`, as JSON text."""
+    records: list[dict[str, Any]] = []
+    sites = []
+    for site, method in state.methods.items():
+        record = method.to_dict()
+        if record not in records:
+            records.append(record)
+        spec = {k: v for k, v in dataclasses.asdict(state.specs[site]).items() if k == "shape" or v != _DEFAULT[k]}
+        sites.append([site.path, site.slot, records.index(record), spec])
+    manifest = {
+        "format": FORMAT,
+        "deltaw": __version__,
+        "layout": layout,
+        "digest": digest(tensors),
+        "base": None if state.base is None else state.base.to_dict(),
+        "methods": records,
+        "sites": sites,
+        "meta": dict(state.meta),
+    }
+    return json.dumps(manifest, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+_DEFAULT = {f.name: f.default for f in dataclasses.fields(HostSpec)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    layout: str
+    digest: str
+    base: BaseIdentity | None
+    methods: Mapping[Site, Method]
+    specs: Mapping[Site, HostSpec]
+    meta: Mapping[str, Any]
+
+
+def read(text: str, source: str) -> Manifest:
+    """Parse a manifest; FileError with the reason where it is not one of ours, or of a newer format."""
+    try:
+        record = json.loads(text)
+        if record["format"] > FORMAT:
+            raise FileError(
+                f"{source} is of format {record['format']}, this deltaw reads up to {FORMAT}: upgrade deltaw"
+            )
+        methods = [from_dict(method) for method in record["methods"]]
+        sites = {Site(path, slot): (methods[index], _spec(spec)) for path, slot, index, spec in record["sites"]}
+        base = None if record["base"] is None else BaseIdentity.from_dict(record["base"])
+        return Manifest(
+            record["layout"], record["digest"], base,
+            {site: method for site, (method, _) in sites.items()},
+            {site: spec for site, (_, spec) in sites.items()},
+            record["meta"],
+        )  # fmt: skip
+    except json.JSONDecodeError as error:
+        raise FileError(f"{source}, line {error.lineno}: not JSON ({error.msg})") from None
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise FileError(f"{source} is not a manifest of deltaw: {type(error).__name__} {error}") from None
+
+
+def _spec(record: Mapping[str, Any]) -> HostSpec:
+    return HostSpec(**{**record, "shape": tuple(record["shape"])})
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous().cpu()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return f"sha256:{total.hexdigest()}"

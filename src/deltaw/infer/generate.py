@@ -1,0 +1,72 @@
+"""Greedy or sampled answers of a base with whatever adapters are live, batched, through transformers' generate.
+
+Padding is on the left, positions follow the attention mask, and the answer ends before its stop token.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaw.core.errors import UseError
+
+Prompt = str | Sequence[dict[str, str]]
+"""A user's turn as text, or a whole conversation as messages."""
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids up to the point where the answer begins: through the chat template where there is one, else the text."""
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    if not isinstance(prompt, str):
+        if len(prompt) != 1:
+            raise UseError("this base has no chat template: give the prompt as plain text, not as a conversation")
+        prompt = prompt[0]["content"]
+    return tokenizer(prompt, add_special_tokens=True)["input_ids"]
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    batch_size: int = 32,
+) -> list[str]:
+    """One answer per prompt, in order. temperature 0 is greedy; with `seed` sampling repeats."""
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise UseError(f"temperature={temperature} must not be negative, top_p={top_p} in (0, 1], max_new_tokens={max_new_tokens} at least 1")
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    limit = getattr(model.config, "max_position_embeddings", None)
+    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    for number, ids in enumerate(encoded, 1):
+        if limit is not None and len(ids) >= limit:
+            raise UseError(f"prompt {number} has {len(ids)} tokens, the base reads at most {limit}: shorten it")
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
+    if seed is not None:
+        torch.manual_seed(seed)
+    answers: list[str] = []
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(encoded), batch_size):
+            chunk = encoded[start : start + batch_size]
+            width = max(map(len, chunk))
+            ids = torch.tensor([[pad] * (width - len(row)) + row for row in chunk], device=device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in chunk], device=device)
+            room = max_new_tokens if limit is None else min(max_new_tokens, limit - width)
+            with torch.no_grad():
+                out = model.generate(
+                    input_ids=ids, attention_mask=mask, max_new_tokens=room, pad_token_id=pad,
+                    eos_token_id=tokenizer.eos_token_id, **sampling,
+                )  # fmt: skip
+            answers += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    finally:
+        model.train(training)
+    return [answer.strip() for answer in answers]

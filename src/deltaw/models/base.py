@@ -1,0 +1,108 @@
+"""Loading a base: `tiny` (bundled), a local folder, or a hub id → model and tokenizer, frozen and in eval mode.
+
+A local path never touches the network. An adapter's folder is not a base: the error says which base it needs.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaw.core.errors import FileError, UseError, did_you_mean
+
+TINY = Path(__file__).parent / "tiny"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base. `name` is what the user wrote; `max_length` the longest row it was made for."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    max_length: int
+
+
+def resolve(name: str) -> str:
+    """`tiny` → the bundled folder; an existing folder → itself, checked; anything else is a hub id."""
+    if name == "tiny":
+        return str(TINY)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return str(folder)
+        if (folder / "adapter_config.json").is_file():
+            raise UseError(
+                f"{name!r} is an adapter, not a base: it holds only its own factors. It was trained on "
+                f"{base_of_adapter(folder)!r}; load that, then put the adapter on it with deltaw.load or --adapter {name}"
+            )
+        inside = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
+        raise FileError(f"{name!r} is not a model folder: no config.json in it (it holds {inside})")
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        near = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise FileError(
+            f"no base {name!r}: not a folder, not a hub id (owner/name), not 'tiny'{did_you_mean(folder.name, [*near, 'tiny'])}"
+        )
+    return name
+
+
+def base_of_adapter(folder: Path) -> str:
+    """The base that an adapter folder names: from deltaw.json, else from PEFT's config."""
+    for file, keys in (("deltaw.json", ("base", "name")), ("adapter_config.json", ("base_model_name_or_path",))):
+        if (folder / file).is_file():
+            value: Any = json.loads((folder / file).read_text(encoding="utf-8"))
+            for key in keys:
+                value = value.get(key) if isinstance(value, dict) else None
+            if value:
+                return str(value)
+    return "a base it does not name"
+
+
+def pick_dtype(dtype: str) -> torch.dtype:
+    """auto: bf16 on an accelerator that computes in it, else fp32."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def pick_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_base(name: str, *, dtype: str = "auto", device: torch.device | None = None) -> Base:
+    """Model and tokenizer of a causal language model, in `dtype` (auto, fp32, bf16), on `device` (best by default).
+
+    Raises FileError when the base is not there or cannot be read, UseError when transformers is not installed.
+    """
+    source = resolve(name)
+    transformers = require_transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=pick_dtype(dtype))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FileError(f"the base {name!r} cannot be loaded: {reason}") from error
+    if name == "tiny":
+        model.config._name_or_path = "tiny"  # what its adapters name as their base, on every machine
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id  # labels come from spans, so that padding as eos is safe
+    model.to(device or pick_device()).eval().requires_grad_(False)
+    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 2048
+    return Base(name, model, tokenizer, min(2048, int(limit)))
+
+
+def require_transformers() -> Any:
+    """transformers, or one line that says how to install it."""
+    try:
+        import transformers
+    except ImportError:
+        raise UseError("this needs transformers: pip install 'deltaw[train]'") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers

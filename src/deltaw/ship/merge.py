@@ -1,0 +1,90 @@
+"""deltaw merge: base + adapter → a plain Transformers folder, reloaded from disk and checked against the adapter.
+
+    reference = logits(base with the adapter live)       fp32
+    merged    = logits(what was written, read back)      fp32 arithmetic on the written weights
+
+The folder appears only when the check passes. A ΔW of zero is refused: the folder would be the base under another name.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.errors import MergeError, UseError
+from deltaw.core.merge import merge as merge_live
+from deltaw.core.route import use
+from deltaw.models.adapters import load
+from deltaw.models.base import DTYPES, load_base, require_transformers, resolve
+from deltaw.core.files import whole_folder
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest accepted logit difference, as a share of the largest logit; rounding of the weights makes most of it."""
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What was written and how far it is from the adapter."""
+
+    path: Path
+    dtype: str
+    weights: int
+    max_logit_difference: float
+    """Between the folder read back and the base with the adapter, over all probe positions."""
+    effect: float
+    """Largest logit difference between the base with and without the adapter: what the merge must keep."""
+
+
+def merge_to_folder(
+    model: str, adapter: str | Path, output: str | Path, *, dtype: str = "auto", allow_base_mismatch: bool = False
+) -> Shipped:
+    """Merge the adapter folder into the base and write `output` in `dtype`: fp32, bf16, or auto = the base's own files.
+
+    Arithmetic is fp32 with one rounding at the end. Raises MergeError when the result does not compute what the
+    adapter does; nothing is left behind then.
+    """
+    target = Path(output)
+    if target.exists() and any(target.iterdir()):
+        raise UseError(f"{output} exists and is not empty: give another output folder")
+    base = load_base(model, dtype="fp32", device=torch.device("cpu"))
+    written = _dtype(model, dtype)
+    load(base.model, adapter, name="merged", allow_base_mismatch=allow_base_mismatch)
+    ids = probe(base.model)
+    tuned = logits(base.model, ids)
+    with use(base.model, {}):
+        effect = float((tuned - logits(base.model, ids)).abs().max())
+    merged = merge_live(base.model, "merged")
+    base.model.to(written)
+    transformers = require_transformers()
+    with whole_folder(target) as folder:
+        base.model.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+        again = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        difference = float((logits(again, ids) - tuned).abs().max())
+        allowed = TOLERANCE[written] * float(tuned.abs().max())
+        if not difference <= allowed:
+            raise MergeError(
+                f"the merged model differs from the adapter by {difference:.3g} in its logits, more than {allowed:.3g}: "
+                f"nothing was written. Merge with dtype fp32 to see whether rounding is the cause"
+            )
+    return Shipped(target, str(written).removeprefix("torch."), merged.weights, difference, effect)
+
+
+def probe(model: nn.Module, rows: int = 4, length: int = 24) -> Tensor:
+    """Fixed pseudo-random token ids, [rows, length]: any input will do to compare two models."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.get_input_embeddings().weight.shape[0], (rows, length), generator=generator)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model.eval()(input_ids=ids, use_cache=False).logits.float()
+
+
+def _dtype(model: str, dtype: str) -> torch.dtype:
+    """The dtype to write: as asked, or that of the base's own files."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    own = require_transformers().AutoConfig.from_pretrained(resolve(model)).dtype
+    return own if own in TOLERANCE else torch.float32

@@ -1,0 +1,141 @@
+"""What happens around the steps: events into the run directory, the gradient check, progress, and a clean stop.
+
+The gradient check runs once, before the first optimizer step: only adapter tensors may have a gradient, and each
+adapter must have one that is not zero. A branch that never trains is named, not averaged away.
+"""
+
+import math
+import resource
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from deltaw.core.attach import adapters
+from deltaw.core.base import base_parameters
+from deltaw.core.errors import TrainError, faults
+from deltaw.runs.directory import RunDirectory
+
+
+def peak_memory() -> int:
+    """Most bytes in use so far: of the accelerator where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Events(TrainerCallback):
+    """Logs every step line and evaluation; stops at once where the loss is not finite."""
+
+    def __init__(self, run: RunDirectory):
+        self.run = run
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        if "eval_loss" in logs:
+            self.run.log("eval", step=state.global_step, loss=logs["eval_loss"])
+        elif "loss" in logs:
+            facts = {key: logs[key] for key in ("grad_norm", "learning_rate", "epoch") if key in logs}
+            self.run.log("step", step=state.global_step, loss=logs["loss"], **facts, peak_memory=peak_memory())
+        loss = logs.get("loss", logs.get("eval_loss", 0.0))
+        if not math.isfinite(loss):
+            raise TrainError(f"the loss is {loss} at step {state.global_step}: lower train.learning_rate, or train in fp32")
+
+
+class GradientCheck(TrainerCallback):
+    def __init__(self, run: RunDirectory, name: str):
+        self.run, self.name = run, name
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        if state.global_step == 0:
+            dead = check_gradients(model, self.name)
+            if dead:
+                self.run.log("warning", text=f"no gradient reaches {len(dead)} adapters, they will not train: {', '.join(dead[:8])}")
+
+
+def check_gradients(model: nn.Module, name: str) -> list[str]:
+    """Sites whose tensors have no non-zero gradient. TrainError if base tensors have one, or if no adapter has."""
+    leaks = [f"{path} is of the base and has a gradient" for path, p in base_parameters(model) if p.grad is not None]
+    if leaks:
+        raise faults(TrainError, "training would change the base", leaks)
+    there = adapters(model, name)
+    dead = [
+        str(site)
+        for site, adapter in there.items()
+        if not any(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters())
+    ]
+    if len(dead) == len(there):
+        raise TrainError("no gradient reaches the adapter: are the adapted modules part of the forward pass?")
+    return dead
+
+
+class CleanStop(TrainerCallback):
+    """Ctrl-C finishes the step, writes a checkpoint and stops; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._before: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        try:
+            self._before = signal.signal(signal.SIGINT, self._note)
+        except ValueError:  # not the main thread: whoever owns the process handles its signals
+            self._before = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def release(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with ETA on stderr of a terminal, else a line every half minute."""
+
+    def __init__(self, quiet: bool = False):
+        self.console = Console(stderr=True, quiet=quiet)
+        self.bar: Progress | None = None
+        self.text, self.last, self.began = "", 0.0, 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.began = self.last = time.monotonic()
+        self.first = state.global_step
+        if self.console.is_terminal:
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self.bar = Progress(*columns, console=self.console)
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step, description=self.text)
+        elif now - self.last > 30:
+            self.last = now
+            left = (now - self.began) / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {self.text}  ETA {left:.0f} s")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            self.text = f"loss {logs['loss']:.3f}"
+        elif "eval_loss" in logs:
+            self.text += f"  held-out {logs['eval_loss']:.3f}"
+
+    def release(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()

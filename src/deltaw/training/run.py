@@ -1,0 +1,166 @@
+"""train(config): rows → label masks → base → adapter → steps → run directory. Faults in rows stop before the base loads.
+
+    run = deltaw.train({"model": "tiny", "data": {"train": "rows.jsonl"}, "output": "runs/first"})
+    run.adapter, run.losses["held_out"]
+"""
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+import deltaw
+from deltaw.config import schema
+from deltaw.config.schema import Config
+from deltaw.core.attach import attach, extract
+from deltaw.core.errors import TrainError
+from deltaw.core.targets import TargetPlan
+from deltaw.data.collate import Collator
+from deltaw.data.dataset import DataReport, encode_rows, split
+from deltaw.data.encode import Encoded
+from deltaw.data.rows import Rows, read_rows
+from deltaw.formats import directory
+from deltaw.models.base import Base, load_base
+from deltaw.runs.directory import RunDirectory
+from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, peak_memory
+from deltaw.training.trainer import NAME, AdapterTrainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: where its adapter is and what was measured."""
+
+    path: Path
+    adapter: Path
+    plan: TargetPlan
+    steps: int
+    seconds: float
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """`train` (last logged), and with held-out rows `base` (before the first step) and `held_out` (after the last)."""
+
+
+def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = False) -> Run:
+    """Train an adapter as `config` says (a Config, the same as plain data, or a YAML file) in a new run directory.
+
+    Only adapter tensors receive gradients, checked at the first step. Raises ConfigError, DataError, TargetError before
+    anything is trained; TrainError when the run cannot go on, with what is saved so far still in the run directory.
+    """
+    if isinstance(config, str | Path):
+        config = schema.read(config)
+    elif not isinstance(config, Config):
+        config = schema.parse(config)
+    rows, held_out = _read(config)
+    run = RunDirectory(config.output)
+    run.create(config.to_dict(), deltaw.__version__)
+    return _train(config, run, rows, held_out, quiet, resume=False)
+
+
+def resume(path: str | Path, *, quiet: bool = False) -> Run:
+    """Continue the run in `path` from its newest checkpoint: weights, optimizer, schedule, RNG and order of rows."""
+    run = RunDirectory(path)
+    config = schema.parse(run.config())
+    run.last_checkpoint()  # the error comes before the base is loaded
+    rows, held_out = _read(config)
+    return _train(config, run, rows, held_out, quiet, resume=True)
+
+
+def _read(config: Config) -> tuple[Rows, Rows | None]:
+    train = config.data.train
+    rows = read_rows(list(train) if isinstance(train, tuple) else train)
+    if isinstance(config.data.eval, float):
+        return split(rows, config.data.eval)
+    return rows, read_rows(config.data.eval) if config.data.eval else None
+
+
+def _train(config: Config, run: RunDirectory, rows: Rows, held_out: Rows | None, quiet: bool, resume: bool) -> Run:
+    began = time.monotonic()
+    base = load_base(config.model, dtype=config.train.dtype)
+    encoded, evaluated, report = _encode(config, base, rows, held_out)
+    steps, every = _steps(config, len(encoded))
+    set_seed(config.train.seed)
+    chosen = config.adapter
+    plan = attach(base.model, chosen.method, targets=chosen.targets, exclude=chosen.exclude, layers=chosen.layers, name=NAME)
+    run.write_plan(
+        {
+            "base": base.name,
+            "method": chosen.method.name,
+            "adapters": len(plan),
+            "trainable": plan.trainable,
+            "base_parameters": plan.base_parameters,
+            "rows": report.kept,
+            "dropped": dict(report.dropped),
+            "supervised_tokens": report.supervised_tokens,
+            "steps": steps,
+        }
+    )
+    progress, stop = ProgressBar(quiet), CleanStop()
+    progress.console.print(f"[bold]{base.name}[/]  {len(plan)} adapters, {plan.trainable:,} trainable of {plan.base_parameters:,}", highlight=False)
+    progress.console.print(str(report), highlight=False)
+    base.model.train()
+    trainer = AdapterTrainer(
+        base.model, run, config.train, steps, every, encoded, evaluated, Collator(base.tokenizer),
+        [Events(run), GradientCheck(run, NAME), stop, progress],
+    )  # fmt: skip
+    before = {} if resume or not evaluated else {"base": trainer.evaluate()["eval_loss"]}
+    run.log("resume" if resume else "start", steps=steps, trainable=plan.trainable)
+    checkpoint = str(run.last_checkpoint()) if resume else None
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        stop.release()
+        progress.release()
+    reached = trainer.state.global_step
+    if stop.interrupted:
+        run.log("interrupted", step=reached)
+        raise TrainError(f"interrupted at step {reached} of {steps}; continue with: deltaw train --resume {run.path}")
+    base.model.eval()
+    losses = {**before, **_losses(trainer, evaluated)}
+    facts = {"losses": losses, "steps": reached, "seconds": round(time.monotonic() - began, 1), "peak_memory": peak_memory()}
+    directory.write(_described(config, base, extract(base.model, NAME), facts), run.adapter)
+    run.log("end", **facts)
+    return Run(run.path, run.adapter, plan, reached, facts["seconds"], losses)
+
+
+def _encode(config: Config, base: Base, rows: Rows, held_out: Rows | None) -> tuple[list[Encoded], list[Encoded], DataReport]:
+    length = config.data.max_length or base.max_length
+    encoded, report = encode_rows(rows, base.tokenizer, length, train_on_prompt=config.data.train_on_prompt)
+    if held_out is None:
+        return encoded, [], report
+    return encoded, encode_rows(held_out, base.tokenizer, length)[0], report
+
+
+def _steps(config: Config, rows: int) -> tuple[int, int]:
+    """Optimizer steps in all, and between evaluations."""
+    t = config.train
+    batches = math.ceil(rows / t.batch_size)
+    steps = t.max_steps or max(1, math.ceil(math.ceil(batches / t.gradient_accumulation) * t.epochs))
+    every = max(1, math.ceil(steps / 5)) if t.eval_every == "auto" else t.eval_every
+    return steps, every
+
+
+def _losses(trainer: AdapterTrainer, evaluated: list[Encoded]) -> dict[str, float]:
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result = {"train": logged[-1]} if logged else {}
+    if evaluated:
+        result["held_out"] = trainer.evaluate()["eval_loss"]
+    return result
+
+
+def _described(config: Config, base: Base, state: Any, facts: Mapping[str, Any]) -> Any:
+    """The state with what a user of the files must know: task, base, template, mask policy, recipe, what was measured."""
+    template = getattr(base.tokenizer, "chat_template", None) or ""
+    identity = dataclasses.replace(state.base, name=base.name)
+    meta = {
+        "task_type": "CAUSAL_LM",
+        "chat_template": hashlib.sha256(template.encode()).hexdigest() if template else None,
+        "mask": "all tokens" if config.data.train_on_prompt else "answers only",
+        "recipe": {key: value for key, value in config.to_dict().items() if key in ("data", "adapter", "train")},
+        "metrics": dict(facts),
+    }
+    return dataclasses.replace(state, base=identity, meta=meta)

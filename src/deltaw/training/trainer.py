@@ -1,0 +1,141 @@
+"""transformers' Trainer with our loss, our checkpoints and our evaluation: we own the adapter, not the loop.
+
+Overridden, and why:
+    compute_loss            cross-entropy on supervised positions only, normalised over the whole accumulation
+    evaluate                token-weighted held-out loss; never more than one chunk of logits in memory
+    _save_checkpoint        adapter only; written whole or not at all; own names and rotation; no pickled arguments
+    _load_from_checkpoint   back into the same tensors, which the optimizer holds
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler
+
+from deltaw.config.schema import TrainConfig
+from deltaw.core.attach import adapters, extract
+from deltaw.core.errors import TrainError
+from deltaw.formats import directory
+from deltaw.infer.loss import SFTLoss, mean_loss
+from deltaw.core.files import whole_folder
+from deltaw.runs.directory import RunDirectory
+
+NAME = "default"  # of the adapter in training, inside the model
+
+
+class AdapterTrainer(Trainer):
+    def __init__(
+        self,
+        model: nn.Module,
+        run: RunDirectory,
+        config: TrainConfig,
+        steps: int,
+        every: int,
+        rows: list[Any],
+        held_out: list[Any],
+        collate: Callable[[list[Any]], dict[str, Tensor]],
+        callbacks: Iterable[Any],
+    ):
+        self.run, self.config, self.held_out, self.sft = run, config, held_out, SFTLoss(model)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
+        )
+        scheduler = get_scheduler(
+            config.schedule, optimizer, num_warmup_steps=int(config.warmup * steps), num_training_steps=steps
+        )
+        super().__init__(
+            model=model,
+            args=arguments(run.path, config, steps, every, bool(held_out), next(model.parameters()).device),
+            train_dataset=rows,
+            eval_dataset=held_out or None,
+            data_collator=collate,
+            optimizers=(optimizer, scheduler),
+            callbacks=list(callbacks),
+        )
+        self.remove_callback(PrinterCallback)  # it writes to stdout, which belongs to results
+        self.model_accepts_loss_kwargs = True  # our loss is normalised by the tokens of the whole accumulation
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        total, count = self.sft(inputs)
+        return total / (count if num_items_in_batch is None else num_items_in_batch)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        size = self.config.batch_size
+        batches = (self.data_collator(self.held_out[i : i + size]) for i in range(0, len(self.held_out), size))
+        metrics = {"eval_loss": mean_loss(self.sft, batches)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        with whole_folder(self.run.checkpoint(step)) as folder:
+            directory.write(extract(self.model, NAME), folder / "adapter")
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_rng_state(str(folder))
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        self.run.rotate(self.config.keep)
+        self.run.log("checkpoint", step=step)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state, _ = directory.read(Path(resume_from_checkpoint) / "adapter")
+        there = adapters(self.model, NAME)
+        if there.keys() != state.methods.keys():
+            raise TrainError(f"{resume_from_checkpoint} holds another adapter than this configuration builds: resume with the run's own config.yaml")
+        for site, adapter in there.items():
+            adapter.load_state_dict(dict(state.tensors[site]))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        raise AssertionError("the model is saved as an adapter, by _save_checkpoint")
+
+
+def arguments(
+    output: Path, config: TrainConfig, steps: int, every: int, evaluates: bool, device: torch.device
+) -> TrainingArguments:
+    """Every argument whose default could change what a run does, set explicitly; a test freezes the result."""
+    save = every if config.save_every == "auto" else config.save_every
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type=config.schedule,
+        max_grad_norm=config.clip,
+        seed=config.seed,
+        data_seed=config.seed,
+        bf16=False,  # the base is loaded in its dtype and the adapter casts itself: no autocast
+        fp16=False,
+        activation_checkpointing=False,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=save,
+        save_total_limit=None,
+        load_best_model_at_end=False,
+        logging_strategy="steps",
+        logging_steps=config.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a NaN must be seen
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_drop_last=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=device.type == "cuda",
+        average_tokens_across_devices=True,
+        use_cpu=device.type == "cpu",
+        push_to_hub=False,
+    )

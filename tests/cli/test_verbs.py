@@ -1,0 +1,135 @@
+"""The command line: exit codes, one sentence per fault, nothing half-written, one JSON object on stdout."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from deltaw.cli import main as cli
+
+Run = tuple[int, str, str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def call(*arguments: object) -> Run:
+        monkeypatch.setattr(sys, "argv", ["deltaw", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    words = ["river", "castle", "garden", "church"]
+    file.write_text("".join(json.dumps({"prompt": f"say {a} {b}", "completion": f"{b} {a}"}) + "\n" for a in words for b in words))
+    return file
+
+
+@pytest.fixture(scope="module")
+def trained(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from deltaw import train
+
+    output = tmp_path_factory.mktemp("runs") / "run"
+    config = {"model": "tiny", "data": {"train": str(rows), "eval": None}, "adapter": {"rank": 2}, "output": str(output)}
+    train({**config, "train": {"max_steps": 4, "batch_size": 4, "learning_rate": 5e-3}}, quiet=True)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["Usage"]),
+        (["lroa"], ["No such command 'lroa'"]),
+        (["train"], ["nothing to train"]),
+        (["train", "no.yaml"], ["no configuration file 'no.yaml'"]),
+        (["train", "model=tiny"], ["data is missing"]),
+        (["train", "model=tiny", "data.train=x.jsonl", "adapter.rank=0"], ["rank=0", "at least 1"]),
+        (["train", "model=tiny", "data.train=x.jsonl", "adapter.dropout=-1"], ["dropout=-1", "[0, 1)"]),
+        (["train", "model=tiny", "data.train=nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["train", "--resume", "no-run"], ["holds no run"]),
+        (["generate", "hello"], ["--model", "--adapter"]),
+        (["generate", "hello", "--model", "tiny", "--dtype", "fp8"], ["fp8", "bf16"]),
+    ],
+)
+def test_wrong_use_is_2_with_a_sentence(run, arguments: list[str], words: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert code == 2 and "Traceback" not in err
+    assert all(word in out + err for word in words), out + err
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "x", "--model", "./no-model"], ["no base './no-model'"]),
+        (["inspect", "no-adapter"], ["no-adapter"]),
+        (["merge", "no-adapter", "--output", "out"], ["no-adapter"]),
+    ],
+)
+def test_failure_is_1_with_a_sentence(run, arguments: list[str], words: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert code == 1 and out == "" and err.startswith("error: ") and "Traceback" not in err
+    assert all(word in err for word in words), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rank_above_both_dimensions_and_unknown_targets_stop_before_training(run, rows: Path, tmp_path: Path) -> None:
+    given = ["train", "model=tiny", f"data.train={rows}", "data.eval=null", f"output={tmp_path / 'run'}"]
+    code, _, err = run(*given, "adapter.rank=4096")
+    assert code == 2 and "rank 4096 is above both dimensions" in err
+    code, _, err = run(*given, "adapter.targets=q_prj", f"output={tmp_path / 'other'}")
+    assert code == 2 and "did you mean 'q_proj'? (6 modules)" in err
+
+
+def test_eval_generate_inspect_mix_merge(run, rows: Path, trained: Path, tmp_path: Path) -> None:
+    adapter = trained / "adapter"
+    code, out, _ = run("eval", "--adapter", adapter, "--data", rows, "--generations", 2, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["model"] == "tiny" and found["tuned"]["loss"] < found["base"]["loss"]
+
+    code, out, _ = run("generate", "say river castle", "--adapter", f"{adapter}=0.5", "--max-new-tokens", 4, "--json")
+    assert code == 0 and len(json.loads(out)["answers"]) == 1
+
+    code, out, _ = run("inspect", adapter, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["base"]["name"] == "tiny" and len(found["sites"]) == 42
+    assert all(site["rank"] == 2 and site["scale"] == 2.0 for site in found["sites"])
+    code, out, _ = run("inspect", adapter)
+    assert code == 0 and "42 adapters" in out
+
+    code, out, _ = run("mix", f"{adapter}=0.7", f"{adapter}=0.3", "--output", tmp_path / "mixed", "--json")
+    assert code == 0 and (tmp_path / "mixed" / "adapter_model.safetensors").is_file()
+
+    code, out, _ = run("merge", tmp_path / "mixed", "--model", "tiny", "--output", tmp_path / "merged", "--dtype", "fp32", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["max_logit_difference"] < 1e-3 < found["effect"]
+    code, _, err = run("merge", adapter, "--output", tmp_path / "merged")
+    assert code == 2 and "not empty" in err
+
+
+def test_merging_nothing_is_refused(run, tmp_path: Path) -> None:
+    import deltaw
+
+    base = deltaw.load_base("tiny")
+    deltaw.attach(base.model, deltaw.LoRA(rank=2), targets="q_proj")
+    deltaw.save(base.model, tmp_path / "untrained")
+    code, _, err = run("merge", tmp_path / "untrained", "--model", "tiny", "--output", tmp_path / "merged")
+    assert code == 1 and "would change no weight" in err and not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_is_not_a_base(run, trained: Path) -> None:
+    code, _, err = run("generate", "x", "--model", trained / "adapter")
+    assert code == 2 and "is an adapter, not a base" in err and "'tiny'" in err
+
+
+def test_schema_is_json(run) -> None:
+    code, out, _ = run("schema")
+    assert code == 0 and json.loads(out)["required"] == ["model", "data"]

@@ -1,0 +1,97 @@
+"""The configuration: strict, all faults at once, one table of defaults, and round trips."""
+
+import dataclasses
+import json
+
+import pytest
+
+from deltaw.config import schema
+from deltaw.core.errors import ConfigError
+
+MINIMAL = {"model": "tiny", "data": {"train": "rows.jsonl"}}
+
+
+def test_round_trip_with_everything_set() -> None:
+    record = {
+        **MINIMAL,
+        "adapter": {"method": "lora", "rank": 8, "alpha": 12, "rank_pattern": {"q_proj": 4}, "targets": ["q_proj", "mlp"], "layers": "0-3"},
+        "train": {"learning_rate": "1e-3", "epochs": 2, "eval_every": 10},
+        "output": "runs/x",
+    }
+    config = schema.parse(record)
+    assert config.train.learning_rate == 1e-3 and config.adapter.method.rank == 8  # type: ignore[attr-defined]
+    assert schema.parse(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"adaptr": {}}, ["'adaptr'", "did you mean 'adapter'"]),
+        ({"train": {"learning_rat": 1}}, ["train.learning_rat", "did you mean 'learning_rate'"]),
+        ({"adapter": {"method": "lroa"}}, ["no method 'lroa'", "did you mean 'lora'"]),
+        ({"adapter": {"ranks": 4}}, ["adapter.ranks", "did you mean 'rank'"]),
+        ({"adapter": {"rank": 0}}, ["rank=0", "at least 1"]),
+        ({"adapter": {"dropout": -0.1}}, ["dropout=-0.1", "[0, 1)"]),
+        ({"adapter": {"alpha": float("nan")}}, ["alpha=nan"]),
+        ({"train": {"learning_rate": "fast"}}, ["train.learning_rate='fast'", "number"]),
+        ({"train": {"learning_rate": -1}}, ["train.learning_rate=-1.0", "above 0"]),
+        ({"train": {"batch_size": 0}}, ["train.batch_size=0"]),
+        ({"train": {"dtype": "fp8"}}, ["train.dtype='fp8'", "'bf16'"]),
+        ({"train": {"warmup": 1.5}}, ["train.warmup=1.5"]),
+        ({"data": {}}, ["data.train is missing"]),
+        ({"data": {"train": "x", "eval": 1.5}}, ["data.eval=1.5"]),
+        ({"data": {"train": "x", "max_length": 1}}, ["data.max_length=1"]),
+    ],
+)
+def test_fault_names_what_was_given_and_the_fix(change: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        schema.parse({**MINIMAL, **change})
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert caught.value.code == 2
+
+
+def test_all_faults_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        schema.parse({**MINIMAL, "adapter": {"rank": 0, "dropout": 2}, "train": {"lr": 1}, "outputs": "x"})
+    assert len(caught.value.faults) == 4
+
+
+@pytest.mark.parametrize("record", [None, [], "tiny", {"model": "tiny"}])
+def test_not_a_configuration(record: object) -> None:
+    with pytest.raises(ConfigError):
+        schema.parse(record)
+
+
+def test_overrides(tmp_path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("model: tiny\ndata: {train: rows.jsonl}\ntrain: {epochs: 3}\n")
+    config = schema.read(file, ["train.learning_rate=5e-4", "adapter.rank=4", "output=runs/y"])
+    assert (config.train.epochs, config.train.learning_rate, config.adapter.method.rank) == (3, 5e-4, 4)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="not an override"):
+        schema.read(file, ["epochs"])
+
+
+def test_unreadable_files(tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text("model: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        schema.read(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=r"did you mean 'config.yaml'"):
+        schema.read(tmp_path / "confg.yaml")
+
+
+def test_json_schema_lists_every_field_with_a_sentence() -> None:
+    described = schema.json_schema()
+    for section, cls in (("data", schema.DataConfig), ("train", schema.TrainConfig)):
+        properties = described["properties"][section]["properties"]
+        assert properties.keys() == {f.name for f in dataclasses.fields(cls)}
+        assert all(prop.get("description") for prop in properties.values())
+    assert {alternative["title"] for alternative in described["properties"]["adapter"]["oneOf"]} >= {"lora", "dora"}
+
+
+def test_option_list_is_frozen() -> None:
+    """Adding an option is a decision: it needs an owner, a sentence and a line here."""
+    assert [f.name for f in dataclasses.fields(schema.TrainConfig)] == [
+        "objective", "epochs", "max_steps", "learning_rate", "batch_size", "gradient_accumulation", "schedule", "warmup",
+        "weight_decay", "clip", "seed", "dtype", "eval_every", "save_every", "log_every", "keep",
+    ]  # fmt: skip
+    assert [f.name for f in dataclasses.fields(schema.DataConfig)] == ["train", "eval", "max_length", "train_on_prompt"]

@@ -1,0 +1,287 @@
+"""The invariants of one method on one host, as plain functions: the suite, the mutations and the plug-in tests call
+them. Each takes a Method, a HostCase and (for the count) nothing else, and fails by AssertionError.
+"""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from contract.hosts import HostCase, Net
+from deltaw.core.attach import attach, detach, extract, insert
+from deltaw.core.merge import merge, unmerge
+from deltaw.core.method import Method
+from deltaw.core.route import use
+
+Check = Callable[[Method, HostCase], None]
+
+
+def tuned(method: Method, case: HostCase, name: str = "default") -> Net:
+    """A net whose adapter is trained, as far as anyone can tell."""
+    net = case.net()
+    stir(net, method, name)
+    return net
+
+
+def stir(net: nn.Module, method: Method, name: str) -> None:
+    attach(net, method, targets="layer", name=name)
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+
+
+def near(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal to `tolerance`, as a share of the largest value where that is above 1."""
+    assert a.shape == b.shape and a.dtype == b.dtype
+    a, b = a.detach(), b.detach()
+    difference, size = float((a - b).abs().max()), max(1.0, float(b.abs().max()))
+    assert difference <= tolerance * size, f"differ by {difference:.3g}, values up to {size:.3g}"
+
+
+def apart(a: Tensor, b: Tensor) -> None:
+    """Really different: what guards every comparison above against comparing nothing with nothing."""
+    assert float((a - b).detach().abs().max()) > 1e-2
+
+
+@torch.no_grad()
+def identity_at_start(method: Method, case: HostCase) -> None:
+    net, x = case.net(), case.inputs()
+    before = net(x)
+    attach(net, method, targets="layer")
+    assert torch.equal(net(x), before)
+
+
+@torch.no_grad()
+def merge_is_forward(method: Method, case: HostCase) -> None:
+    net, x = tuned(method, case), case.inputs()
+    with use(net, {}):
+        base = net(x)
+    live = net(x)
+    apart(live, base)
+    report = merge(net)
+    assert type(net.layer) is type(case.make()) and report.changed == report.weights >= 1
+    near(net(x), live)
+
+
+@torch.no_grad()
+def strength_scales_the_change(method: Method, case: HostCase) -> None:
+    net, x = tuned(method, case), case.inputs()
+    live = net(x)
+    with use(net, {}):
+        base = net(x)
+    for w in (0.5, -1.0, 2.0):
+        with use(net, {"default": w}):
+            near(net(x), base + w * (live - base))
+    with use(net, {"default": 0.0}):
+        assert torch.equal(net(x), base)
+    assert torch.equal(net(x), live)
+
+
+@torch.no_grad()
+def two_live_add_up(method: Method, case: HostCase) -> None:
+    net, x = tuned(method, case, "a"), case.inputs()
+    stir(net, method, "b")
+    outputs = []
+    for route in ({}, {"a": 1.0}, {"b": 1.0}, {"a": 1.0, "b": 1.0}):
+        with use(net, route):
+            outputs.append(net(x))
+    base, a, b, both = outputs
+    apart(a, b)
+    near(both, a + b - base)
+    merge(net, "a", keep_base=True)
+    with use(net, {"b": 1.0}):  # a is in the weights, b beside them
+        near(net(x), both)
+    merge(net, "b", keep_base=True)
+    near(net(x), both)
+    unmerge(net)
+    with use(net, {}):
+        assert torch.equal(net(x), base)
+
+
+@torch.no_grad()
+def unmerge_is_exact(method: Method, case: HostCase) -> None:
+    net, x = tuned(method, case), case.inputs()
+    weights = {path: parameter.clone() for path, parameter in net.named_parameters()}
+    live = net(x)
+    for _ in range(2):
+        merge(net, keep_base=True)
+        assert any(not torch.equal(parameter, weights[path]) for path, parameter in net.named_parameters())
+        unmerge(net)
+        assert all(torch.equal(parameter, weights[path]) for path, parameter in net.named_parameters())
+        assert torch.equal(net(x), live)
+
+
+@torch.no_grad()
+def detach_is_exact(method: Method, case: HostCase) -> None:
+    net, x = case.net(), case.inputs()
+
+    def all_of_it() -> list[Any]:
+        flags = {path: parameter.requires_grad for path, parameter in net.named_parameters()}
+        inside = [(type(module), set(module.__dict__)) for module in net.modules()]
+        return [flags, inside, list(net.state_dict())]
+
+    before, weights, output = all_of_it(), {k: v.clone() for k, v in net.state_dict().items()}, net(x)
+    stir(net, method, "default")
+    apart(net(x), output)
+    assert isinstance(net.layer, before[1][1][0])  # an adapted Linear is still a Linear
+    assert set(before[2]) <= set(net.state_dict())  # under its old keys
+    detach(net)
+    assert all_of_it() == before
+    assert all(torch.equal(value, weights[key]) for key, value in net.state_dict().items())
+    assert torch.equal(net(x), output)
+
+
+def gradients_reach_the_adapter_only(method: Method, case: HostCase) -> None:
+    net, x = case.net(), case.inputs()
+    base = {path: parameter.detach().clone() for path, parameter in net.named_parameters()}
+    attach(net, method, targets="layer")
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):  # a zero factor hides the gradient of the other one in the first step
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+    for path, parameter in net.named_parameters():
+        if path in base:
+            assert parameter.grad is None and torch.equal(parameter, base[path])
+        else:
+            assert parameter.requires_grad and parameter.grad is not None and parameter.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def extract_and_insert_are_exact(method: Method, case: HostCase) -> None:
+    net, x = tuned(method, case), case.inputs()
+    live, state = net(x), extract(net)
+    detach(net)
+    insert(net, state, name="again")
+    assert torch.equal(net(x), live)
+    again = extract(net, "again")
+    assert again.methods == state.methods
+    for site, tensors in state.tensors.items():
+        assert tensors.keys() == again.tensors[site].keys()
+        assert all(torch.equal(tensor, again.tensors[site][name]) for name, tensor in tensors.items())
+    assert not any(parameter.requires_grad for path, parameter in net.named_parameters() if ".adapters." in path)
+
+
+@torch.no_grad()
+def deepcopy_is_independent(method: Method, case: HostCase) -> None:
+    net, x = tuned(method, case), case.inputs()
+    live = net(x)
+    other = copy.deepcopy(net)
+    assert torch.equal(other(x), live) and type(other.layer) is type(net.layer)
+    for parameter in other.parameters():
+        parameter.add_(1.0)
+    apart(other(x), live)
+    assert torch.equal(net(x), live)
+    detach(other)
+    assert torch.equal(net(x), live)
+    merge(net)
+    near(net(x), live)
+
+
+@torch.no_grad()
+def pickle_round_trip(method: Method, case: HostCase) -> None:
+    net, x = tuned(method, case), case.inputs()
+    live, file = net(x), io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    for other in (pickle.loads(pickle.dumps(net)), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), live)
+        with use(other, {}):
+            apart(other(x), live)
+        detach(other)
+        assert type(other.layer) is type(case.make())
+
+
+def compiled_is_equal(method: Method, case: HostCase) -> None:
+    net, x = tuned(method, case), case.inputs()
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    torch.compiler.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    y = net(x)
+    near(compiled(x), y)
+    near(torch.cat(grads(compiled(x), trained)), torch.cat(grads(y, trained)))
+
+
+def checkpointed_is_equal(method: Method, case: HostCase) -> None:
+    net, x = tuned(method, case), case.inputs()
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    plain = net(x)
+    again = torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)
+    assert torch.equal(again, plain)
+    assert torch.equal(torch.cat(grads(again, trained)), torch.cat(grads(plain, trained)))
+
+
+def grads(y: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [g.flatten() for g in torch.autograd.grad(y.square().mean(), parameters)]
+
+
+def bf16_base_fp32_adapter(method: Method, case: HostCase) -> None:
+    net, x = case.net().bfloat16(), case.inputs()
+    x = x.bfloat16() if x.is_floating_point() else x
+    base = net(x)
+    stir(net, method, "default")
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    y = net(x)
+    assert y.dtype == torch.bfloat16
+    assert {g.dtype for g in grads(y, trained)} == {torch.float32}
+    apart(y, base)
+    state = extract(net)
+    expected = case.net()  # the same weights and adapter in fp32
+    expected.load_state_dict({k: v.float() for k, v in net.state_dict().items() if ".adapters." not in k})
+    insert(expected, state)
+    near(y.float(), expected(x.float() if x.is_floating_point() else x), 3e-2)
+    weights = {path: parameter.clone() for path, parameter in net.named_parameters()}
+    merge(net, keep_base=True)
+    near(net(x).float(), y.float(), 3e-2)
+    unmerge(net)
+    assert all(torch.equal(parameter, weights[path]) for path, parameter in net.named_parameters())
+
+
+@torch.no_grad()
+def autocast_works(method: Method, case: HostCase) -> None:
+    net, x = case.net(), case.inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        base = net(x)
+        attach(net, method, targets="layer")
+        assert torch.equal(net(x), base)
+    detach(net)
+    stir(net, method, "default")
+    exact = net(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = net(x)
+    assert y.dtype == base.dtype
+    near(y.float(), exact, 3e-2)
+
+
+@torch.no_grad()
+def modes_have_no_side_effects(method: Method, case: HostCase) -> None:
+    """train() and eval() neither merge nor change anything; inference mode works."""
+    net, x = tuned(method, case), case.inputs()
+    live, weights = net(x), {key: value.clone() for key, value in net.state_dict().items()}
+    for mode in (False, True, False):
+        assert torch.equal(net.train(mode)(x), live)
+        assert all(torch.equal(value, weights[key]) for key, value in net.state_dict().items())
+    with torch.inference_mode():
+        assert torch.equal(net(x), live)
+
+
+EVERY_CONFIG: list[Check] = [identity_at_start, merge_is_forward, strength_scales_the_change, two_live_add_up]
+ONE_CONFIG: list[Check] = [
+    unmerge_is_exact,
+    detach_is_exact,
+    gradients_reach_the_adapter_only,
+    extract_and_insert_are_exact,
+    deepcopy_is_independent,
+    pickle_round_trip,
+    compiled_is_equal,
+    checkpointed_is_equal,
+    bf16_base_fp32_adapter,
+    autocast_works,
+    modes_have_no_side_effects,
+]

@@ -1,0 +1,217 @@
+"""Every registered method × every host, through one suite. A new method is tested by being registered."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from contract import suite
+from contract.hosts import HOSTS, HostCase
+from contract.matrix import COUNT, MATRIX
+from deltaw.core.attach import attach
+from deltaw.core.errors import TargetError
+from deltaw.core.host import HostSpec, host_of
+from deltaw.core.method import Method, get, names
+from deltaw.core.route import use
+from deltaw.core.targets import plan
+from deltaw.methods.lora import LoRA, LoRAAdapter
+
+OURS = [name for name in names() if get(name).__module__.startswith("deltaw.")]
+
+
+def refusal(method: Method, case: HostCase) -> str | None:
+    try:
+        plan(case.net(), method, "layer")
+    except TargetError as error:
+        return str(error)
+    return None
+
+
+def has(name: str, *fields: str) -> bool:
+    return {field.name for field in dataclasses.fields(get(name))} >= set(fields)
+
+
+def configs(name: str, case: HostCase) -> dict[str, Method]:
+    """The default, and where there is a rank: α ≠ r, r = 1, r = min(m, n), a rank that divides nothing."""
+    make: Any = get(name)
+    found: dict[str, Method] = {"default": make()}
+    if has(name, "rank", "alpha"):
+        spec = host_of(case.make()).spec
+        smallest = min(spec.shape[0], spec.fan_in)
+        found |= {
+            "r4": make(rank=4, alpha=6.0),
+            "r1": make(rank=1, alpha=3.0),
+            "r5": make(rank=5, alpha=2.0),
+            f"r=min={smallest}": make(rank=smallest, alpha=5.0),
+        }
+    if has(name, "rslora"):
+        found["rs"] = make(rank=4, alpha=6.0, rslora=True)
+    if has(name, "tokens"):
+        found["rows"] = make(tokens=(7, 0, 39))
+    return found
+
+
+def main(name: str) -> Method:
+    """The one configuration that the slower checks run."""
+    make: Any = get(name)
+    if has(name, "rank", "alpha"):
+        return make(rank=4, alpha=6.0)
+    return make(tokens=(7, 0, 39)) if has(name, "tokens") else make()
+
+
+PAIRS = [(name, host) for name in OURS for host in HOSTS if refusal(get(name)(), HOSTS[host]) is None]
+EVERY = [
+    pytest.param(method, HOSTS[host], id=f"{name}-{host}-{label}")
+    for name, host in PAIRS
+    for label, method in configs(name, HOSTS[host]).items()
+]
+ONE = [pytest.param(main(name), HOSTS[host], id=f"{name}-{host}") for name, host in PAIRS]
+
+
+def test_matrix_is_complete() -> None:
+    """Registering a method or adding a host case fails here until its row or column is written down."""
+    assert sorted(MATRIX) == OURS
+    assert all(list(row) == list(HOSTS) for row in MATRIX.values())
+    assert sorted(COUNT) == OURS
+    assert (len(MATRIX), len(HOSTS), sum(value is True for row in MATRIX.values() for value in row.values())) == (
+        4,
+        13,
+        38,
+    )
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", OURS)
+def test_support_is_as_written(name: str, host: str) -> None:
+    expected, found = MATRIX[name][host], refusal(get(name)(), HOSTS[host])
+    if expected is True:
+        assert found is None
+    else:
+        assert isinstance(expected, str) and found is not None and expected in found
+
+
+@pytest.mark.parametrize("check", suite.EVERY_CONFIG, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(("method", "case"), EVERY)
+def test_every_config(check: suite.Check, method: Method, case: HostCase) -> None:
+    check(method, case)
+
+
+@pytest.mark.parametrize("check", suite.ONE_CONFIG, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(("method", "case"), ONE)
+def test_one_config(check: suite.Check, method: Method, case: HostCase) -> None:
+    check(method, case)
+
+
+@pytest.mark.parametrize(("method", "case"), EVERY)
+def test_trainable_count_is_the_formula(method: Method, case: HostCase) -> None:
+    """T1: r(m + n), with the kernel on the input side; and that is what the plan said."""
+    net = case.net()
+    planned = attach(net, method, targets="layer")
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    host, bias = host_of(net.layer), getattr(net.layer, "bias", None)
+    extra = 0 if bias is None else bias.numel()
+    if host is None:
+        spec, extra = HostSpec((net.layer.weight.numel(), 1)), extra
+    else:
+        spec = host.spec
+    rank = len(method.tokens) if hasattr(method, "tokens") else getattr(method, "rank", None)
+    if rank is None:
+        rank = min(16, spec.shape[0], spec.fan_in)
+    kernel = spec.fan_in // spec.shape[1]
+    assert trainable == planned.trainable == COUNT[method.name](spec.shape[0], spec.shape[1], kernel, rank, extra)
+
+
+@pytest.mark.parametrize("host", [host for host in HOSTS if ("lora", host) in PAIRS])
+@pytest.mark.parametrize("name", [name for name in OURS if has(name, "dropout")])
+def test_dropout_only_in_training_and_only_on_the_branch(name: str, host: str) -> None:
+    make: Any = get(name)
+    net, x = HOSTS[host].net(), HOSTS[host].inputs()
+    suite.stir(net, make(rank=4, alpha=6.0, dropout=0.5), "default")
+    with torch.no_grad(), use(net, {}):
+        base = net(x)
+        assert torch.equal(net(x), base)  # the base has no dropout, whatever the adapter has
+    net.eval()
+    steady = net(x)
+    assert torch.equal(net(x), steady)
+    net.train()
+    draws = torch.stack([net(x).detach() for _ in range(400)])
+    if x.dtype == torch.int64:
+        assert torch.equal(draws[0], steady)  # ids cannot be dropped
+        return
+    assert not torch.equal(draws[0], draws[1])
+    error = (draws.mean(0) - steady.detach()).abs() / (draws.std(0) / 400**0.5 + 1e-6)
+    assert float(error.max()) < 6  # unbiased: the mean over masks is the output without dropout
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A LoRA with one fault, and the check that must catch it."""
+
+    adapter: type[LoRAAdapter]
+    caught_by: suite.Check
+
+
+class ForgetsScale(LoRAAdapter):
+    """The notes' y = W·x + (B·A)·x beside a merge of W + B·A·α/r."""
+
+    def low_rank(self, host: Any, x: Tensor) -> Tensor:
+        return host.low_rank(x, self.lora_A, self.lora_B)
+
+
+class BothRandom(LoRAAdapter):
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        torch.nn.init.normal_(self.lora_B, std=0.01)
+
+
+class BothZero(LoRAAdapter):
+    """Nothing is random, so nothing ever gets a gradient."""
+
+    @property
+    def lora_A(self) -> Tensor:
+        return 0 * self._parameters["lora_A"]
+
+
+class RoundsBase(LoRAAdapter):
+    """Rounds what it does not own."""
+
+    def start_from(self, host: Any) -> None:
+        host.stored.data.copy_(host.stored.data.bfloat16())
+
+
+MUTATIONS = {
+    "forgets α/r": Mutation(ForgetsScale, suite.merge_is_forward),
+    "both random": Mutation(BothRandom, suite.identity_at_start),
+    "both zero": Mutation(BothZero, suite.gradients_reach_the_adapter_only),
+    "touches the base": Mutation(RoundsBase, suite.detach_is_exact),
+}
+
+
+@pytest.mark.parametrize("fault", MUTATIONS)
+def test_the_suite_catches(fault: str) -> None:
+    """T27 and its sisters: a check that a wrong method passes is worth nothing."""
+    mutation = MUTATIONS[fault]
+
+    @dataclass(frozen=True, kw_only=True)
+    class Mutant(LoRA):
+        def build(self, spec: HostSpec, shared: Any = None) -> LoRAAdapter:
+            method = self.at("", spec)
+            return method.start(mutation.adapter(spec, method.rank, method.scale), spec)
+
+    mutation.caught_by(LoRA(rank=32, alpha=64), HOSTS["linear"])
+    with pytest.raises(AssertionError):
+        mutation.caught_by(Mutant(rank=32, alpha=64), HOSTS["linear"])
+
+
+def test_forgotten_scale_doubles_the_merged_change() -> None:
+    """T27 in numbers: r 32, α 64, merged ΔW is twice what the unscaled forward adds."""
+    layer, x = torch.nn.Linear(32, 48), torch.randn(9, 32)
+    host = host_of(layer)
+    adapter = ForgetsScale(host.spec, 32, 64 / 32)
+    torch.nn.init.normal_(adapter.lora_A)
+    torch.nn.init.normal_(adapter.lora_B)
+    merged = host.op(x, adapter.merged(layer.weight) - layer.weight)
+    torch.testing.assert_close(merged, 2 * adapter.branch(host, x), rtol=1e-4, atol=1e-3)
