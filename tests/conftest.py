@@ -1,4 +1,4 @@
-"""What every test shares: a seed, two threads, and the third-party inputs that lie beside the repository."""
+"""What every test shares: a seed, two threads in all, and the third-party inputs that lie beside the repository."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, 2 // workers))  # more threads than cores make tiny products a thousand times slower
 
 
 @pytest.fixture(autouse=True)

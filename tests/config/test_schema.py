@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 
-from deltaw.config import schema
+from deltaw.config import describe, schema
 from deltaw.core.errors import ConfigError
 
 MINIMAL = {"model": "tiny", "data": {"train": "rows.jsonl"}}
@@ -80,11 +82,15 @@ def test_unreadable_files(tmp_path) -> None:
 
 
 def test_json_schema_lists_every_field_with_a_sentence() -> None:
-    described = schema.json_schema()
+    described = describe.json_schema()
     for section, cls in (("data", schema.DataConfig), ("train", schema.TrainConfig)):
         properties = described["properties"][section]["properties"]
         assert properties.keys() == {f.name for f in dataclasses.fields(cls)}
         assert all(prop.get("description") for prop in properties.values())
+    for alternative in described["properties"]["adapter"]["oneOf"]:
+        if alternative["title"] in ("lora", "dora", "token_rows"):  # other registered methods answer for themselves
+            fields = {k: v for k, v in alternative["properties"].items() if k != "method"}
+            assert all(field["description"] for field in fields.values()), alternative["title"]
     assert {alternative["title"] for alternative in described["properties"]["adapter"]["oneOf"]} >= {"lora", "dora"}
 
 
@@ -95,3 +101,10 @@ def test_option_list_is_frozen() -> None:
         "weight_decay", "clip", "seed", "dtype", "eval_every", "save_every", "log_every", "keep",
     ]  # fmt: skip
     assert [f.name for f in dataclasses.fields(schema.DataConfig)] == ["train", "eval", "max_length", "train_on_prompt"]
+
+
+def test_the_documented_table_is_the_schema() -> None:
+    """docs/configuration.md is written by scripts/make_docs.py; run it after changing a field."""
+    root = Path(__file__).resolve().parents[2]
+    written = (root / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(root / "scripts" / "make_docs.py"))["page"]() == written

@@ -137,12 +137,12 @@ def test_dropout_only_in_training_and_only_on_the_branch(name: str, host: str) -
     steady = net(x)
     assert torch.equal(net(x), steady)
     net.train()
-    draws = torch.stack([net(x).detach() for _ in range(400)])
+    draws = torch.stack([net(x).detach() for _ in range(200)])
     if x.dtype == torch.int64:
         assert torch.equal(draws[0], steady)  # ids cannot be dropped
         return
     assert not torch.equal(draws[0], draws[1])
-    error = (draws.mean(0) - steady.detach()).abs() / (draws.std(0) / 400**0.5 + 1e-6)
+    error = (draws.mean(0) - steady.detach()).abs() / (draws.std(0) / 200**0.5 + 1e-6)
     assert float(error.max()) < 6  # unbiased: the mean over masks is the output without dropout
 
 
@@ -170,9 +170,8 @@ class BothRandom(LoRAAdapter):
 class BothZero(LoRAAdapter):
     """Nothing is random, so nothing ever gets a gradient."""
 
-    @property
-    def lora_A(self) -> Tensor:
-        return 0 * self._parameters["lora_A"]
+    def start_from(self, host: Any) -> None:
+        torch.nn.init.zeros_(self.lora_A)
 
 
 class RoundsBase(LoRAAdapter):

@@ -8,6 +8,6 @@ from deltaw.cli.main import app
 @app.command()
 def schema() -> None:
     """Print the JSON schema of configuration files, with every registered method."""
-    from deltaw.config.schema import json_schema
+    from deltaw.config.describe import json_schema
 
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from deltaw.core.errors import ConfigError, did_you_mean, faults
 from deltaw.core.method import Method, get, names
 
-STRICT: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True, "arbitrary_types_allowed": True}
+STRICT: dict[str, Any] = {"extra": "forbid", "arbitrary_types_allowed": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,30 +221,3 @@ def override(record: Any, overrides: Sequence[str]) -> Any:
 
 def _neighbours(file: Path) -> list[str]:
     return [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of a configuration file; `adapter` is one alternative per registered method."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "deltaw training configuration"}
-    properties: dict[str, Any] = {
-        "model": {"type": "string", "description": "The base: a folder, a hub id, or `tiny` (bundled)."},
-        "data": TypeAdapter(DataConfig).json_schema(),
-        "adapter": {"oneOf": [_adapter_schema(name) for name in names()]},
-        "train": TypeAdapter(TrainConfig).json_schema(),
-        "output": {"type": "string", "default": "runs/latest", "description": "The run directory."},
-    }
-    return {**schema, "type": "object", "properties": properties, "required": ["model", "data"], "additionalProperties": False}
-
-
-def _adapter_schema(name: str) -> dict[str, Any]:
-    method = TypeAdapter(get(name)).json_schema()
-    shared = {f.name: {"description": _SHARED[f.name]} for f in dataclasses.fields(AdapterConfig) if f.name != "method"}
-    properties = {"method": {"const": name}, **method.get("properties", {}), **shared}
-    return {"title": name, "type": "object", "properties": properties, "additionalProperties": False}
-
-
-_SHARED = {
-    "targets": "Modules to adapt: all-linear, attention, mlp, names, full paths or regular expressions.",
-    "exclude": "Modules taken away from the targets.",
-    "layers": 'Only these layers: "0-3,7".',
-}

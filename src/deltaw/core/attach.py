@@ -90,12 +90,11 @@ def attach(
     sites = {target.site: target.method for target in plan.targets}
     guards.admit(model, name, sites)
     for target in plan.targets:
-        module = model.get_submodule(target.site.path)
-        host = host_of(module, target.site.slot, target.method.host)
         adapter = target.method.build(target.spec)
+        host = host_of(model.get_submodule(target.site.path), target.site.slot, target.method.host)
         adapter.to(host.device)
         adapter.start_from(host)
-        _add(module, name, target.site.slot, adapter, target.method, host)
+        _place(model, name, target.site, adapter, target.method)
     _finish(model, name)
     return plan
 
@@ -126,11 +125,11 @@ def extract(model: nn.Module, name: str = "default") -> AdapterState:
 def adapters(model: nn.Module, name: str = "default") -> dict[Site, Adapter]:
     """The live modules of adapter `name`, by site."""
     known(model, name)
-    return {
-        Site(path, host.slot): adapter
-        for path, module in model.named_modules()
-        for adapter, host, _ in module.__dict__.get("entries", {}).get(name, ())
-    }
+    found: dict[int, tuple[Site, Adapter]] = {}  # one that follows ties sits in several modules: the first counts
+    for path, module in model.named_modules():
+        for adapter, host, _ in module.__dict__.get("entries", {}).get(name, ()):
+            found.setdefault(id(adapter), (Site(path, host.slot), adapter))
+    return dict(found.values())
 
 
 def insert(model: nn.Module, state: AdapterState, *, name: str = "default") -> None:
@@ -143,13 +142,12 @@ def insert(model: nn.Module, state: AdapterState, *, name: str = "default") -> N
     if found:
         raise faults(FileError, "the adapter does not fit this model", [f"{site}: {why}" for site, why in found.items()])
     guards.admit(model, name, state.methods)
-    for site, method in state.methods.items():
-        module = model.get_submodule(site.path)
-        host = host_of(module, site.slot, method.host)
+    for site, method in sorted(state.methods.items(), key=lambda item: item[1].follows_ties):
+        host = host_of(model.get_submodule(site.path), site.slot, method.host)
         adapter = method.build(host.spec)
         adapter.load_state_dict(dict(state.tensors[site]))
         adapter.to(host.device).requires_grad_(False)
-        _add(module, name, site.slot, adapter, method, host)
+        _place(model, name, site, adapter, method)
     _finish(model, None)
     route.apply(route.adapted_modules(model), {name: 1.0})
 
@@ -199,6 +197,17 @@ def known(model: nn.Module, name: str) -> None:
 
 def _class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "base_class", type(module))
+
+
+def _place(model: nn.Module, name: str, site: Site, adapter: Adapter, method: Method) -> None:
+    """Add an adapter to the module at `site`, and where it follows ties to every module with the same parameter."""
+    first = model.get_submodule(site.path)
+    table = first._parameters.get(site.slot) if method.follows_ties else None
+    others = [] if table is None else [module for module in model.modules() if module is not first]
+    tied = [module for module in others if module._parameters.get(site.slot) is table]
+    free = [module for module in tied if not guards.carries(module, name, site.slot)]  # a trained copy there goes first
+    for module in (first, *free):
+        _add(module, name, site.slot, adapter, method, host_of(module, site.slot, method.host))
 
 
 def _add(module: nn.Module, name: str, slot: str, adapter: Adapter, method: Method, host: Any) -> None:

@@ -9,6 +9,7 @@ Sampled values, not a hash of them: a hash would call a bf16 copy of an fp32 che
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,8 +76,10 @@ def identify(model: nn.Module) -> BaseIdentity:
     named = [(p, t) for p, t in base_parameters(model) if t.is_floating_point() and t.device.type != "meta" and t.ndim]
     config = getattr(model, "config", None)
     name = str(getattr(config, "_name_or_path", "") or "")
+    if os.path.isdir(name):
+        name = os.path.basename(os.path.abspath(name))  # a folder of this machine means nothing elsewhere
     layer = getattr(type(model), "base_class", type(model)).__name__
-    return BaseIdentity(name.replace("\\", "/").rstrip("/").rpartition("/")[2] or layer, layer, sample(named))
+    return BaseIdentity(name or layer, layer, sample(named))
 
 
 def sample(named: Sequence[tuple[str, Tensor]]) -> dict[str, Sample]:

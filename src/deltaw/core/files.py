@@ -12,6 +12,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes when it fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    old = draft.with_suffix(".old")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
@@ -19,12 +20,16 @@ def whole_folder(target: Path) -> Iterator[Path]:
         for file in sorted(draft.rglob("*")):
             if file.is_file():
                 _sync(file)
-        if target.exists():
-            shutil.rmtree(target)
+        if target.exists():  # moved aside first: at no moment is there neither the old folder nor the new one
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
         os.replace(draft, target)
         _sync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
+        if old.exists() and not target.exists():
+            os.replace(old, target)
         raise
 
 

@@ -42,7 +42,7 @@ def admit(model: nn.Module, name: str, sites: Mapping[Site, Method]) -> None:
         raise UseError("the model is already sharded (fully_shard): attach after quantising and before sharding")
     for site in sites:
         module = model.get_submodule(site.path)
-        if any(host.slot == site.slot for _, host, _ in module.__dict__.get("entries", {}).get(name, ())):
+        if carries(module, name, site.slot):
             found.append(f"{site} already carries adapter {name!r}: choose another name, or detach it first")
         if "entries" in module.__dict__:
             continue
@@ -62,6 +62,11 @@ def admit(model: nn.Module, name: str, sites: Mapping[Site, Method]) -> None:
         if hasattr(type(model), "save_pretrained"):
             model.__dict__["save_pretrained"] = _SavingRefused()
     _no_fast_path(model, [site.path for site in sites])
+
+
+def carries(module: nn.Module, name: str, slot: str) -> bool:
+    """Does the module have an adapter `name` on this slot?"""
+    return any(host.slot == slot for _, host, _ in module.__dict__.get("entries", {}).get(name, ()))
 
 
 def unmerged(model: nn.Module, name: str) -> None:

@@ -42,7 +42,8 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = False) -
     modules = [module for module in route.adapted_modules(model) if name in module.__dict__["entries"]]
     if any(name in module.__dict__["merged"] for module in modules):
         raise MergeError(f"{name!r} is merged already: unmerge the model before merging it again")
-    work = [(adapter, host) for module in modules for adapter, host, _ in module.__dict__["entries"][name]]
+    entries = [entry for module in modules for entry in module.__dict__["entries"][name]]
+    work = [(adapter, host) for adapter, host, _ in {id(entry[0]): entry for entry in reversed(entries)}.values()][::-1]
     found = _faults(model, name, work, keep_base)
     if found:
         raise faults(MergeError, f"{name!r} cannot be merged", found)
@@ -95,7 +96,7 @@ def _faults(model: nn.Module, name: str, work: list[tuple[Adapter, Any]], keep_b
         if not isinstance(adapter, WeightAdapter):
             found.append(f"{path}: {adapter.method.name} has no ΔW, no weight can hold it")
             continue
-        tied = [other for other in owners[_storage(host.stored)] if other != path]
+        tied = [other for other in owners[_storage(host.stored)] if other != path and not adapter.method.follows_ties]
         after = _merged(adapter, host)
         if tied:
             found.append(

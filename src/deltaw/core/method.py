@@ -42,8 +42,8 @@ class Method:
     """Raised when the meaning of the saved tensors changes; a file of a newer version is refused."""
     host: ClassVar[type[Host]] = WeightHost
     """The view this method needs of a module; modules without it cannot carry the method."""
-    mergeable: ClassVar[bool] = True
-    """False where no weight can hold the change."""
+    follows_ties: ClassVar[bool] = False
+    """True for changes of a table itself (token rows): they act in every module that is tied to the same parameter."""
 
     def __post_init__(self) -> None:
         found = list(self.invalid())

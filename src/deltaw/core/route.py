@@ -97,7 +97,7 @@ class use:
 
 def apply(modules: list[nn.Module], route: Route) -> None:
     """Write the live tuple of every adapted module. The route must have been checked."""
-    wanted = [(name, None if w == 1.0 else torch.tensor(w)) for name, w in route.items() if w != 0.0]
+    wanted = [(name, None if w == 1.0 else torch.tensor(float(w))) for name, w in route.items() if w != 0.0]
     if len(wanted) == 1 and wanted[0][1] is None:
         name = wanted[0][0]
         for module in modules:

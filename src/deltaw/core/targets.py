@@ -273,13 +273,18 @@ def _nothing(pattern: str, hits: Sequence[ModuleFact], known: Sequence[ModuleFac
     able = [fact for fact in known if fact.slots]
     if hits:
         kinds = ", ".join(sorted({fact.layer for fact in hits}))
-        inside = sum(1 for fact in able if any(fact.path.startswith(hit.path + ".") for hit in hits))
-        hint = f"; {inside} modules inside can: name those" if inside else ""
-        return f"{pattern!r} matches {len(hits)} modules ({kinds}), none of which can carry {method.name}{hint}"
+        above = tuple(f"{hit.path}." if hit.path else "" for hit in hits)
+        inside = sum(fact.path.startswith(above) for fact in able)
+        hint = f"; {_modules(inside)} inside can: name those" if inside else ""
+        return f"{pattern!r} matches {_modules(len(hits))} ({kinds}), none of which can carry {method.name}{hint}"
     leaves = Counter(fact.path.rpartition(".")[2] for fact in able)
-    hint = did_you_mean(pattern.rpartition(".")[2], leaves) or did_you_mean(pattern, [fact.path for fact in able])
+    hint = did_you_mean(pattern.rpartition(".")[2], leaves, 1) or did_you_mean(pattern, [f.path for f in able], 1)
     near = [name for name in leaves if f"{name!r}" in hint]
     if near:
-        return f"no module matched {pattern!r}{hint} ({leaves[near[0]]} modules)"
+        return f"no module matched {pattern!r}{hint} ({_modules(leaves[near[0]])})"
     listed = ", ".join(f"{name} ({count})" for name, count in leaves.most_common(12))
     return f"no module matched {pattern!r}{hint}; {method.name} fits: {listed or 'no module of this model'}"
+
+
+def _modules(count: int) -> str:
+    return f"{count} module{'' if count == 1 else 's'}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaw.core.attach import extract
+from deltaw.core.attach import detach, extract, insert
 from deltaw.core.errors import DeltawError
 from deltaw.core.route import use
 from deltaw.data.rows import Rows, read_rows
@@ -152,8 +152,6 @@ def _mix(base: Base, done: list[Trained], say: Say) -> dict[str, Any]:
             found = evaluate(base.model, base.tokenizer, some, max_length=base.max_length, batch_size=64)
             kept[each.task.name] = found.scores["exact_match"]
     from_files = exact([extract(base.model, name) for name in weights], list(weights.values()))
-    from deltaw.core.attach import detach, insert
-
     insert(base.model, from_files, name="both")
     difference = float((logits(base.model, ids) - live).abs().max())
     detach(base.model, "both")

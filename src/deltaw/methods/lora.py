@@ -89,6 +89,11 @@ class LoRA(Method):
         found += [
             f"{k}={v!r} is not a positive number" for k, v in alphas.items() if v is not None and not _positive(v)
         ]
+        for option, pattern in self._patterns():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                found.append(f"{option}: {pattern!r} is not a valid regular expression: {error}")
         if not 0.0 <= self.dropout < 1.0:
             found.append(f"dropout={self.dropout!r} is not in [0, 1)")
         if not _positive(self.init_std):
@@ -106,12 +111,15 @@ class LoRA(Method):
 
     def unused(self, paths: Sequence[str]) -> Sequence[str]:
         names = [path.rpartition(".")[2] for path in paths]
-        patterns = [("rank_pattern", p) for p in self.rank_pattern] + [("alpha_pattern", p) for p in self.alpha_pattern]
         return [
             f"{option} {p!r} matches no adapted module{did_you_mean(p, names)}"
-            for option, p in patterns
+            for option, p in self._patterns()
             if not any(_hit(p, path) for path in paths)
         ]
+
+    def _patterns(self) -> list[tuple[str, str]]:
+        fields = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return [(option, pattern) for option, patterns in fields.items() for pattern in patterns]
 
     def companions(self, parameters: Mapping[str, Sequence[str]], targets: Sequence[str]) -> Mapping[Site, Method]:
         return companions(self.bias, self.modules_to_save, parameters, targets)

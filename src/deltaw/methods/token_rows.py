@@ -1,7 +1,7 @@
 """TokenRows: a few rows of an embedding trained in full, e.g. those of new special tokens. E'[tokens] = rows.
 
 Rows are absolute values, [n, dim], as in PEFT's trainable_token_indices. y = E[ids], with rows[j] where id = tokens[j].
-On the linear head of a tied model the same rows are columns of the same matrix: attach to both, or to the embedding.
+They are rows of the table itself: where a head is tied to it, the same rows give the scores of those tokens.
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,10 @@ class TokenRowsAdapter(WeightAdapter):
 
     def branch(self, host: Any, x: Tensor) -> Tensor:
         tokens = torch.tensor(self.tokens, device=x.device)
+        if not host.spec.lookup:  # the tied head: W is [vocab, dim], its rows are the scores of the tokens
+            base = host.weight[tokens]  # [n, dim]
+            change = host.op(x, (self.rows - base.float()).to(base.dtype))  # [T, n]
+            return change.new_zeros(*change.shape[:-1], host.weight.shape[0]).index_copy(-1, tokens, change)
         base = host.weight[:, tokens]  # [dim, n]
         change = (self.rows.T - base.float()).to(base.dtype)
         place = x.unsqueeze(-1) == tokens  # [T, n]
@@ -42,6 +46,8 @@ class TokenRowsAdapter(WeightAdapter):
 @register("token_rows")
 @dataclass(frozen=True, kw_only=True)
 class TokenRows(Method):
+    follows_ties = True
+
     tokens: tuple[int, ...] = (0,)
     """Ids of the rows that are trained."""
 

@@ -1,0 +1,210 @@
+"""Writing ΔW into weights: exact, never silently nothing, never into a second place, undone to the bit."""
+
+import pytest
+import torch
+from torch import nn
+
+from core import tiny
+from deltaw.core.attach import adapters, attach, detach, extract, insert
+from deltaw.core.errors import MergeError, UseError
+from deltaw.core.host import host_of
+from deltaw.core.merge import merge, unmerge
+from deltaw.core.method import Method, Site
+from deltaw.core.route import live, use
+from deltaw.methods.dora import DoRA
+from deltaw.methods.full import Full
+from deltaw.methods.lora import LoRA
+from deltaw.methods.token_rows import TokenRows
+
+
+def stir(model: nn.Module, size: float = 0.3) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(size * torch.randn_like(parameter))
+
+
+def adapted(*methods: Method, layer: nn.Module | None = None) -> nn.Sequential:
+    model = nn.Sequential(layer or nn.Linear(6, 5))
+    for name, method in zip("abc", methods, strict=False):
+        attach(model, method, targets="0", name=name)
+        stir(model)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+@torch.no_grad()
+def test_a_merged_model_is_a_plain_one(family: str) -> None:
+    model, ids = tiny.model(family), tiny.ids()
+    inputs = {"input_ids": ids, "decoder_input_ids": ids} if family == "t5" else {"input_ids": ids}
+    classes = [type(module) for module in model.modules()]
+    keys, flags = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    base = model(**inputs).logits
+    attach(model, LoRA(rank=4, alpha=6), targets="all-linear")
+    stir(model, 0.1)
+    tuned = model(**inputs).logits
+    report = merge(model)
+    assert (tuned - base).abs().max() > 1e-2
+    torch.testing.assert_close(model(**inputs).logits, tuned, atol=1e-5, rtol=1e-4)
+    assert [type(module) for module in model.modules()] == classes
+    assert list(model.state_dict()) == keys and [p.requires_grad for p in model.parameters()] == flags
+    assert report.changed == report.weights > 0 and 0 < report.change < 10
+
+
+def test_the_report_measures_what_was_written() -> None:
+    model = adapted(LoRA(rank=2))
+    before = model[0].weight.detach().clone()
+    report = merge(model, "a")
+    change = (model[0].weight.detach() - before).norm() / before.norm()
+    assert report.change == pytest.approx(float(change), rel=1e-5) and (report.weights, report.changed) == (1, 1)
+
+
+def test_nothing_to_merge_is_an_error() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    attach(model, LoRA(rank=2), targets="0", name="fresh")
+    with pytest.raises(MergeError, match="merging 'fresh' would change no weight at all"):
+        merge(model, "fresh")
+    attach(model, DoRA(rank=2), targets="0", name="dora")
+    with pytest.raises(MergeError, match="merging 'dora' would change no weight at all"):
+        merge(model, "dora")
+    half = nn.Sequential(nn.Linear(6, 5)).bfloat16()
+    attach(half, LoRA(rank=2), targets="0")
+    stir(half, 1e-5)
+    with pytest.raises(MergeError, match="too small for the weights' dtype"):
+        merge(half)
+    with pytest.raises(UseError, match="no adapter 'x' is attached"):
+        merge(model, "x")
+    with pytest.raises(MergeError, match="nothing to unmerge"):
+        unmerge(model)
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    model = adapted(LoRA(rank=2))
+    weight = model[0].weight.clone()
+    model[0].adapters["a"]["weight"].lora_A.data[0, 0] = torch.inf
+    with pytest.raises(MergeError, match=r"0\.weight: the merged weight is not finite in torch.float32"):
+        merge(model, "a")
+    half = adapted(LoRA(rank=2), layer=nn.Linear(6, 5).half())
+    half[0].adapters["a"]["weight"].lora_A.data.mul_(1e6)  # finite in fp32, not in fp16
+    with pytest.raises(MergeError, match=r"not finite in torch\.float16"):
+        merge(half, "a")
+    assert torch.equal(model[0].weight, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_restored_to_the_bit(dtype: torch.dtype) -> None:
+    """Subtracting instead changes a quarter of the weights."""
+    model = adapted(LoRA(rank=4, alpha=6), layer=nn.Linear(64, 48).to(dtype))
+    before, host = model[0].weight.detach().clone(), host_of(model[0])
+    adapter = model[0].adapters["a"]["weight"]
+    merge(model, "a", keep_base=True)
+    merged = adapter.merged(before.float()).detach()
+    assert torch.equal(model[0].weight, merged.to(dtype))  # fp32 arithmetic, one rounding
+    subtracted = (model[0].weight.float() - (merged - before.float())).to(dtype)
+    assert (subtracted != before).float().mean() > 0.05
+    assert torch.equal(host.weight, before)  # what adapters see stays the base
+    unmerge(model)
+    assert torch.equal(model[0].weight, before)
+
+
+PAIRS = [(LoRA(rank=2), LoRA(rank=3)), (LoRA(rank=2), DoRA(rank=2)), (DoRA(rank=2), Full()), (Full(), Full())]
+
+
+@pytest.mark.parametrize("methods", PAIRS, ids=lambda pair: "-".join(m.name for m in pair))
+@torch.no_grad()
+def test_two_merges_are_the_sum(methods: tuple[Method, Method]) -> None:
+    model, x = adapted(*methods), torch.randn(3, 6)
+    before = {path: p.clone() for path, p in model.named_parameters()}
+    use(model, {"a": 1.0, "b": 1.0})
+    both = model(x)
+    merge(model, "a", keep_base=True)
+    torch.testing.assert_close(model(x), both, atol=1e-5, rtol=1e-5)  # b is still live, beside the merged weight
+    merge(model, "b", keep_base=True)
+    torch.testing.assert_close(model(x), both, atol=1e-5, rtol=1e-5)
+    assert live(model) == {}
+    with pytest.raises(MergeError, match="'a' is merged already"):
+        merge(model, "a")
+    unmerge(model)
+    assert all(torch.equal(p, before[path]) for path, p in model.named_parameters())
+    assert torch.equal(model(x), both)
+
+
+@torch.no_grad()
+def test_a_second_one_way_merge_is_refused_where_it_would_not_be_the_sum() -> None:
+    x = torch.randn(3, 6)
+    plain = adapted(LoRA(rank=2), LoRA(rank=3))
+    with use(plain, {"a": 1.0, "b": 1.0}):
+        both = plain(x)
+    merge(plain, "a")
+    merge(plain, "b")
+    assert type(plain[0]) is nn.Linear
+    torch.testing.assert_close(plain(x), both)
+    for second in (DoRA(rank=2), Full()):
+        model = adapted(LoRA(rank=2), second)
+        with pytest.raises(MergeError, match=r"the change of 'b' depends on this weight .*merge with keep_base=True"):
+            merge(model, "a")
+    kept = adapted(LoRA(rank=2), LoRA(rank=3))
+    merge(kept, "a", keep_base=True)
+    with pytest.raises(MergeError, match="another adapter is merged here with its base kept"):
+        merge(kept, "b")
+
+
+def test_tied_modules_are_merged_once_where_that_is_right() -> None:
+    """One module reached by two paths is one weight; two modules that share a weight are refused."""
+    shared, x = nn.Linear(6, 6), torch.randn(3, 6)
+    model = nn.ModuleDict({"first": shared, "second": shared})
+    attach(model, LoRA(rank=2), targets="first")
+    stir(model)
+    tuned = shared(x)
+    merge(model)
+    torch.testing.assert_close(shared(x), tuned)
+    twins = nn.ModuleDict({"first": nn.Linear(6, 6, bias=False), "second": nn.Linear(6, 6, bias=False)})
+    twins["second"].weight = twins["first"].weight
+    attach(twins, LoRA(rank=2), targets=["first", "second"])
+    stir(twins)
+    with pytest.raises(MergeError, match=r"first\.weight is tied to second\.weight") as error:
+        merge(twins)
+    assert len(error.value.faults) == 2
+
+
+@pytest.mark.parametrize("order", [["embed_tokens"], ["lm_head", "q_proj"]], ids=str)
+@torch.no_grad()
+def test_token_rows_of_a_tied_table_act_in_both_places(order: list[str]) -> None:
+    """Rows belong to the table, and so do the scores of those tokens; they merge into it, ties and all."""
+    model, ids = tiny.model("tied"), torch.tensor([[3, 5, 9, 5]])
+    table, base = model.model.embed_tokens.weight.clone(), model(ids).logits
+    if "lm_head" in order:  # something else sits on the head already
+        attach(model, LoRA(rank=2), targets=order, name="other")
+        stir(model)
+    with_other = model(ids).logits
+    attach(model, TokenRows(tokens=(5, 9)), targets="embed_tokens", name="rows")
+    with use(model, {"rows": 1.0, **({"other": 1.0} if "lm_head" in order else {})}):
+        assert torch.equal(model(ids).logits, with_other)
+    stir(model)
+    tuned = model(ids).logits
+    plain = tiny.model("tied")
+    plain.model.embed_tokens.weight[[5, 9]] = adapters(model, "rows")[Site("model.embed_tokens")].rows
+    torch.testing.assert_close(tuned, plain(ids).logits, atol=1e-5, rtol=1e-4)
+    assert (tuned[..., [5, 9]] - base[..., [5, 9]]).abs().max() > 1e-2
+    state = extract(model, "rows")
+    assert list(state.methods) == [Site("model.embed_tokens")]
+    merge(model, "rows", keep_base=True)
+    torch.testing.assert_close(model(ids).logits, tuned, atol=1e-5, rtol=1e-4)
+    unmerge(model)
+    assert torch.equal(model(ids).logits, tuned) and torch.equal(model.model.embed_tokens.weight, table)
+    detach(model, "rows")
+    insert(model, state, name="again")
+    assert torch.equal(model(ids).logits, tuned)
+    merge(model, "again")
+    torch.testing.assert_close(model(ids).logits, tuned, atol=1e-5, rtol=1e-4)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@torch.no_grad()
+def test_strengths_of_the_others_survive_a_merge() -> None:
+    model = adapted(LoRA(rank=2), LoRA(rank=2), LoRA(rank=2))
+    use(model, {"a": 1.0, "b": 0.5})
+    merge(model, "a")
+    assert live(model) == {"b": 0.5}
+    detach(model, "b")
+    detach(model, "c")
+    assert type(model[0]) is nn.Linear
