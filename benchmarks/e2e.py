@@ -83,14 +83,18 @@ def main(arguments: list[str]) -> None:
     print(report)
     order, steps = random.Random(0), args.steps
     batches = [collate(order.sample(rows, 16)) for _ in range(steps)]
-    evaluated = [collate(encode_rows(held_out, tokenizer, 512)[0][i : i + 32]) for i in range(0, len(held_out.rows), 32)]
+    evaluated = [
+        collate(encode_rows(held_out, tokenizer, 512)[0][i : i + 32]) for i in range(0, len(held_out.rows), 32)
+    ]
 
     ours = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     before = mean_loss(SFTLoss(ours), evaluated)
     torch.manual_seed(0)
     plan = attach(ours, LoRA(rank=16, alpha=32), targets="all-linear")
     save(ours, args.work / "start")
-    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), args.work / "start", is_trainable=True)
+    peft = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), args.work / "start", is_trainable=True
+    )
     sft = SFTLoss(ours)
 
     def ours_loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Write docs/configuration.md from the schema, so that the page and the program have one table of defaults.
 
-    python scripts/make_docs.py
+python scripts/make_docs.py
 """
 
 import dataclasses

@@ -44,7 +44,9 @@ def main() -> None:
     for task in TASKS.values():
         train, held_out = (read_rows(args.output / path.name) for path in (task.train, task.held_out))
         found = nearest_row_baseline(task, held_out, train)
-        print(f"{task.name}: nearest training row {found['exact_match']:.1%} exact, {found['slot_accuracy']:.1%} of slots")
+        print(
+            f"{task.name}: nearest training row {found['exact_match']:.1%} exact, {found['slot_accuracy']:.1%} of slots"
+        )
         assert found["exact_match"] <= MOST, f"{task.name} can be looked up"
 
 

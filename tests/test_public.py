@@ -15,7 +15,10 @@ def test_table_is_all_and_everything_resolves() -> None:
 
 
 def test_functions_stay_functions_whatever_is_imported_first() -> None:
-    code = "import deltaw.training.run, deltaw.core.merge, deltaw.infer.generate as g, deltaw as d; assert all(map(callable, (d.train, d.merge, d.generate, d.evaluate, d.attach)))"
+    code = (
+        "import deltaw.training.run, deltaw.core.merge, deltaw.infer.generate as g, deltaw as d\n"
+        "assert all(map(callable, (d.train, d.merge, d.generate, d.evaluate, d.attach)))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -27,7 +27,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     words = ["river", "castle", "garden", "church"]
-    file.write_text("".join(json.dumps({"prompt": f"say {a} {b}", "completion": f"{b} {a}"}) + "\n" for a in words for b in words))
+    file.write_text(
+        "".join(json.dumps({"prompt": f"say {a} {b}", "completion": f"{b} {a}"}) + "\n" for a in words for b in words)
+    )
     return file
 
 
@@ -36,7 +38,12 @@ def trained(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from deltaw import train
 
     output = tmp_path_factory.mktemp("runs") / "run"
-    config = {"model": "tiny", "data": {"train": str(rows), "eval": None}, "adapter": {"rank": 2}, "output": str(output)}
+    config = {
+        "model": "tiny",
+        "data": {"train": str(rows), "eval": None},
+        "adapter": {"rank": 2},
+        "output": str(output),
+    }
     train({**config, "train": {"max_steps": 4, "batch_size": 4, "learning_rate": 5e-3}}, quiet=True)
     return output
 
@@ -57,7 +64,9 @@ def trained(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["generate", "hello", "--model", "tiny", "--dtype", "fp8"], ["fp8", "bf16"]),
     ],
 )
-def test_wrong_use_is_2_with_a_sentence(run, arguments: list[str], words: list[str], tmp_path: Path, monkeypatch) -> None:
+def test_wrong_use_is_2_with_a_sentence(
+    run, arguments: list[str], words: list[str], tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = run(*arguments)
     assert code == 2 and "Traceback" not in err
@@ -108,7 +117,9 @@ def test_eval_generate_inspect_mix_merge(run, rows: Path, trained: Path, tmp_pat
     code, out, _ = run("mix", f"{adapter}=0.7", f"{adapter}=0.3", "--output", tmp_path / "mixed", "--json")
     assert code == 0 and (tmp_path / "mixed" / "adapter_model.safetensors").is_file()
 
-    code, out, _ = run("merge", tmp_path / "mixed", "--model", "tiny", "--output", tmp_path / "merged", "--dtype", "fp32", "--json")
+    code, out, _ = run(
+        "merge", tmp_path / "mixed", "--model", "tiny", "--output", tmp_path / "merged", "--dtype", "fp32", "--json"
+    )
     found = json.loads(out)
     assert code == 0 and found["max_logit_difference"] < 1e-3 < found["effect"]
     code, _, err = run("merge", adapter, "--output", tmp_path / "merged")

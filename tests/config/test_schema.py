@@ -16,7 +16,14 @@ MINIMAL = {"model": "tiny", "data": {"train": "rows.jsonl"}}
 def test_round_trip_with_everything_set() -> None:
     record = {
         **MINIMAL,
-        "adapter": {"method": "lora", "rank": 8, "alpha": 12, "rank_pattern": {"q_proj": 4}, "targets": ["q_proj", "mlp"], "layers": "0-3"},
+        "adapter": {
+            "method": "lora",
+            "rank": 8,
+            "alpha": 12,
+            "rank_pattern": {"q_proj": 4},
+            "targets": ["q_proj", "mlp"],
+            "layers": "0-3",
+        },
         "train": {"learning_rate": "1e-3", "epochs": 2, "eval_every": 10},
         "output": "runs/x",
     }

@@ -48,7 +48,7 @@ HOSTS = {
     "linear-one-output": HostCase(lambda: nn.Linear(64, 1), lambda: torch.randn(5, 64)),
     "linear-fused-qkv": HostCase(_fused_qkv, lambda: torch.randn(2, 5, 24)),
     "conv1d-of-gpt2": HostCase(_conv1d_of_gpt2, lambda: torch.randn(2, 5, 32)),
-    "embedding": HostCase(lambda: nn.Embedding(40, 16), lambda: torch.randint(0, 40, (3, 20))),
+    "embedding": HostCase(lambda: nn.Embedding(40, 16), lambda: torch.randperm(40).view(4, 10)),
     "conv1d": HostCase(lambda: nn.Conv1d(6, 9, 5, padding=2), lambda: torch.randn(2, 6, 11)),
     "conv2d": HostCase(
         lambda: nn.Conv2d(3, 8, (3, 2), stride=2, padding=(2, 1), dilation=2), lambda: torch.randn(2, 3, 9, 8)

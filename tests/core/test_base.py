@@ -1,5 +1,6 @@
 """Which base is this? Told apart by values, not by shapes; the same through dtypes and merges."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -24,6 +25,15 @@ def test_the_same_base_matches_itself_in_any_float_dtype(family: str) -> None:
         assert one.difference(other) is None and other.difference(one) is None
     back = identify(tiny.model(family).bfloat16().float())  # a bf16 checkpoint loaded in fp32 is what it was saved as
     assert identify(tiny.model(family).bfloat16()).difference(back) is None
+
+
+def test_values_below_what_fp16_can_hold_are_no_difference() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.logspace(-1, -9, 256).view(16, 16))
+    one = identify(model)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert one.difference(identify(copy.deepcopy(model).to(dtype))) is None
 
 
 def test_equal_shapes_and_other_values_are_another_base() -> None:

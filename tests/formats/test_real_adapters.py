@@ -12,20 +12,28 @@ from deltaw.core.errors import ConfigError, FileError
 from deltaw.formats import directory
 from deltaw.formats.peft_config import method_of
 
-IDS = torch.randint(0, 1000, (2, 12), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(1, 998, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+# The adapters touch attention and heads only: vocabularies and feed-forward layers may be small, which saves a minute.
 
 
 def distilbert(labels: int) -> torch.nn.Module:
-    return transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(num_labels=labels))
+    config = transformers.DistilBertConfig(num_labels=labels, vocab_size=1000, hidden_dim=64)
+    return transformers.DistilBertForSequenceClassification(config)
+
+
+def gpt2(**changes: int) -> transformers.GPT2Config:
+    return transformers.GPT2Config(vocab_size=1000, n_inner=64, bos_token_id=0, eos_token_id=0, **changes)
 
 
 def gpt2_classifier() -> torch.nn.Module:
-    config = transformers.GPT2Config(num_labels=6, pad_token_id=50256)
-    return transformers.GPT2ForSequenceClassification(config)
+    return transformers.GPT2ForSequenceClassification(gpt2(num_labels=6, pad_token_id=999))
 
 
 def bert() -> torch.nn.Module:
-    return transformers.BertForSequenceClassification(transformers.BertConfig(num_labels=2))
+    config = transformers.BertConfig(num_labels=2, vocab_size=1000, intermediate_size=64)
+    return transformers.BertForSequenceClassification(config)
 
 
 REAL = {
@@ -33,8 +41,8 @@ REAL = {
     "dayanidhi04__emotion-classification-distilbert-lora": lambda: distilbert(6),
     "anirudh-ak__peft-gpt2/model/lora_model": gpt2_classifier,
     "stathopoan__Apply-Lightweight-Fine-Tuning-to-a-Foundation-LLM-Model/lora_model": gpt2_classifier,
-    "yoonyerin__be-great": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config()),
-    "niket-sharma__LLMs-from-groundup/lora_adapters": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=6)),
+    "yoonyerin__be-great": lambda: transformers.GPT2LMHeadModel(gpt2()),
+    "niket-sharma__LLMs-from-groundup/lora_adapters": lambda: transformers.GPT2LMHeadModel(gpt2(n_layer=6)),
     "Hareshjethani__BERT-GPT2-Multitask-Finetuning": bert,
 }
 
@@ -68,7 +76,9 @@ def test_real_adapter_gives_pefts_logits(folder: str, shared: Path) -> None:
 def test_dead_names_of_a_real_adapter_are_reported(shared: Path) -> None:
     state, notes = directory.read(shared / "adapters/Tashu014__lora-imdb-distilbert")
     assert notes == ["modules_to_save names 'score', for which the file holds no tensor"]
-    assert "pre_classifier" in {site.path for site in state.methods}  # a tensor the config does not name lands all the same
+    assert "pre_classifier" in {
+        site.path for site in state.methods
+    }  # a tensor the config does not name lands all the same
 
 
 @pytest.mark.shared

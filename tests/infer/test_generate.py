@@ -47,7 +47,7 @@ def test_impossible_settings(base: Base, wrong: dict) -> None:
 
 
 def test_a_prompt_longer_than_the_base_reads(base: Base) -> None:
-    with pytest.raises(UseError, match="prompt 2 has .* the base reads at most 512"):
+    with pytest.raises(UseError, match=r"prompt 2 has .* the base reads at most 512"):
         generate(base.model, base.tokenizer, ["short", "word " * 600])
 
 
@@ -55,7 +55,9 @@ def test_evaluate_sees_what_is_live(base: Base, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"p {i}", "completion": f"answer {i}"}) + "\n" for i in range(5)))
     rows = read_rows(file)
-    before = evaluate(base.model, base.tokenizer, rows, max_length=128, scores={"length": lambda a, r: float(len(a) > 0)})
+    before = evaluate(
+        base.model, base.tokenizer, rows, max_length=128, scores={"length": lambda a, r: float(len(a) > 0)}
+    )
     assert before.rows == 5 and before.scores.keys() == {"exact_match", "length"} and len(before.answers) == 5
     assert before.perplexity == pytest.approx(torch.tensor(before.loss).exp().item())
     deltaw.attach(base.model, deltaw.LoRA(rank=2), targets="q_proj", name="noise")

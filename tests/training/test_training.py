@@ -19,7 +19,8 @@ from deltaw.infer.loss import SFTLoss, mean_loss
 from deltaw.methods.lora import LoRA
 from deltaw.models.base import load_base
 from deltaw.runs.directory import RunDirectory
-from deltaw.training import callbacks, run as training
+from deltaw.training import callbacks
+from deltaw.training import run as training
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(rows: Path, output: Path, **train: object) -> dict:
-    defaults = {"max_steps": 8, "batch_size": 4, "learning_rate": 5e-3, "save_every": 4, "eval_every": 4, "log_every": 1}
+    defaults = {
+        "max_steps": 8,
+        "batch_size": 4,
+        "learning_rate": 5e-3,
+        "save_every": 4,
+        "eval_every": 4,
+        "log_every": 1,
+    }
     return {
         "model": "tiny",
         "data": {"train": str(rows), "eval": 0.2},
@@ -50,7 +58,13 @@ def finished(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> training.R
 def test_run_directory_holds_everything(finished: training.Run, rows: Path) -> None:
     run = RunDirectory(finished.path)
     assert finished.losses["held_out"] < finished.losses["base"]
-    assert sorted(p.name for p in run.path.iterdir()) == ["adapter", "checkpoints", "config.yaml", "events.jsonl", "plan.json"]
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        "adapter",
+        "checkpoints",
+        "config.yaml",
+        "events.jsonl",
+        "plan.json",
+    ]
     assert json.loads((run.path / "plan.json").read_text())["trainable"] == finished.plan.trainable
     assert run.steps() == [4, 8]
     assert [e["step"] for e in run.events("step")] == list(range(1, 9))
@@ -129,7 +143,9 @@ def test_chunked_loss_is_the_same(rows: Path, monkeypatch: pytest.MonkeyPatch) -
     assert any(bool(g.any()) for g in gradients)
 
 
-def test_interrupted_and_resumed_is_bit_identical(finished: training.Run, rows: Path, tmp_path: Path, monkeypatch) -> None:
+def test_interrupted_and_resumed_is_bit_identical(
+    finished: training.Run, rows: Path, tmp_path: Path, monkeypatch
+) -> None:
     class Ctrl_C(callbacks.CleanStop):
         def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
             if state.global_step == 3:
@@ -176,7 +192,7 @@ def test_faults_stop_before_anything_is_written(rows: Path, tmp_path: Path, fini
 
 
 def test_not_finite_loss_stops(rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match="lower train.learning_rate"):
+    with pytest.raises(TrainError, match=r"lower train\.learning_rate"):
         deltaw.train(config(rows, tmp_path / "run", learning_rate=1e30, clip=0, warmup=0, eval_every=100), quiet=True)
 
 

@@ -1,6 +1,6 @@
 """How large is the change? ‖ΔW‖_F per site, from the factors and without forming ΔW.
 
-    ‖s·B·A‖² = s² · Σ (BᵀB) ∘ (A Aᵀ)          two r × r products
+‖s·B·A‖² = s² · Σ (BᵀB) ∘ (A Aᵀ)          two r × r products
 """
 
 from deltaw.core.adapter import Factors

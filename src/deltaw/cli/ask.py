@@ -8,9 +8,17 @@ import typer
 
 from deltaw.cli.main import Json, app, show
 
-Model = Annotated[str | None, typer.Option(help="The base: folder, hub id or `tiny`. Default: the one the adapter names.", show_default=False)]
-Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="Adapter folder, or folder=strength; may be repeated.", show_default=False)]
-Mismatch = Annotated[bool, typer.Option("--allow-base-mismatch", help="Put the adapter on a base it was not trained on.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="The base: folder, hub id or `tiny`. Default: the one the adapter names.", show_default=False),
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="Adapter folder, or folder=strength; may be repeated.", show_default=False),
+]
+Mismatch = Annotated[
+    bool, typer.Option("--allow-base-mismatch", help="Put the adapter on a base it was not trained on.")
+]
 Dtype = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
 
 
@@ -52,7 +60,10 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Held-out rows: .jsonl, .json or a folder.")],
     model: Model = None,
     adapter: Adapters = None,
-    generations: Annotated[int | None, typer.Option(help="Rows to generate answers for (exact match); default all, 0 none.", show_default=False)] = None,
+    generations: Annotated[
+        int | None,
+        typer.Option(help="Rows to generate answers for (exact match); default all, 0 none.", show_default=False),
+    ] = None,
     allow_base_mismatch: Mismatch = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -69,7 +80,9 @@ def evaluate(
     for name, live in {"base": {}, "tuned": route}.items():
         if name == "base" or route:
             with use(base.model, live):
-                found = infer.evaluate(base.model, base.tokenizer, rows, max_length=base.max_length, generations=generations)
+                found = infer.evaluate(
+                    base.model, base.tokenizer, rows, max_length=base.max_length, generations=generations
+                )
             result[name] = found.to_dict()
     columns = [name for name in ("base", "tuned") if name in result]
     lines = [f"{'':12}" + "".join(f"{name:>12}" for name in columns)]
@@ -81,7 +94,9 @@ def evaluate(
 
 @app.command()
 def generate(
-    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts; without any, lines from stdin.", show_default=False)] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; without any, lines from stdin.", show_default=False)
+    ] = None,
     model: Model = None,
     adapter: Adapters = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
@@ -104,7 +119,13 @@ def generate(
     base, route = load_all(model, adapter or [], dtype, allow_base_mismatch)
     with use(base.model, route):
         answers = answer(
-            base.model, base.tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+            base.model,
+            base.tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
         )
     show({"model": base.name, "answers": answers}, as_json, "\n".join(answers))
 
@@ -139,6 +160,8 @@ def chat(
         elif text:
             messages.append({"role": "user", "content": text})
             with use(base.model, live):
-                said = answer(base.model, base.tokenizer, [messages], max_new_tokens=max_new_tokens, temperature=temperature)[0]
+                said = answer(
+                    base.model, base.tokenizer, [messages], max_new_tokens=max_new_tokens, temperature=temperature
+                )[0]
             messages.append({"role": "assistant", "content": said})
             print(said)

@@ -51,7 +51,9 @@ def main() -> None:
         if wants_traceback:
             raise
         known = isinstance(error, DeltawError)
-        reason = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())} (--traceback shows where)"
+        reason = (
+            str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())} (--traceback shows where)"
+        )
         print(f"error: {reason}", file=sys.stderr)
         code = error.code if isinstance(error, DeltawError) else 1
     sys.exit(code)

@@ -11,7 +11,9 @@ from deltaw.cli.main import Json, app, show
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for the runs; a number is added where it exists.")] = Path("runs/quickstart"),
+    output: Annotated[Path, typer.Option(help="Folder for the runs; a number is added where it exists.")] = Path(
+        "runs/quickstart"
+    ),
     as_json: Json = False,
 ) -> None:
     """Train two adapters on the bundled base, compare, switch, mix, merge: about two minutes, offline."""

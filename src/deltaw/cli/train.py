@@ -12,9 +12,13 @@ from deltaw.cli.main import Json, app, show
 def train(
     config: Annotated[
         list[str] | None,
-        typer.Argument(help="A YAML file, then section.key=value overrides; overrides alone are enough.", show_default=False),
+        typer.Argument(
+            help="A YAML file, then section.key=value overrides; overrides alone are enough.", show_default=False
+        ),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue this run directory from its newest checkpoint.", show_default=False)] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue this run directory from its newest checkpoint.", show_default=False)
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
     as_json: Json = False,
 ) -> None:

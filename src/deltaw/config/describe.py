@@ -59,6 +59,10 @@ def sentences(cls: type) -> dict[str, str]:
         assert isinstance(body, ast.ClassDef)
         for field, after in zip(body.body, body.body[1:], strict=False):
             said = after.value if isinstance(after, ast.Expr) else None
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(said, ast.Constant):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(said, ast.Constant)
+            ):
                 found[field.target.id] = " ".join(str(said.value).split())
     return found

@@ -14,7 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from deltaw.core.errors import ConfigError, did_you_mean, faults
-from deltaw.core.method import Method, get, names
+from deltaw.core.method import Method, get
 
 STRICT: dict[str, Any] = {"extra": "forbid", "arbitrary_types_allowed": True}
 
@@ -112,7 +112,9 @@ def _plain(value: Any) -> Any:
 def parse(record: Any) -> Config:
     """Plain data → Config. Every unknown key and impossible value is named; ConfigError."""
     if not isinstance(record, Mapping):
-        raise ConfigError(f"a configuration is a mapping of sections (model, data, adapter, train, output), not {type(record).__name__}")
+        raise ConfigError(
+            f"a configuration is a mapping of sections (model, data, adapter, train, output), not {type(record).__name__}"
+        )
     record, found = dict(record), []
     adapter = record.pop("adapter", None)
     sections: dict[str, Any] = {}
@@ -153,7 +155,9 @@ def _validated(cls: type, record: Mapping[str, Any], prefix: str, extra: Sequenc
         for fault in error.errors():
             names = [f.name for f in dataclasses.fields(cls)]
             where = prefix + ".".join(str(part) for part in fault["loc"][:1] if part in names)
-            if len(fault["loc"]) > 1 and dataclasses.is_dataclass(next(f for f in dataclasses.fields(cls) if f.name == fault["loc"][0]).type):
+            if len(fault["loc"]) > 1 and dataclasses.is_dataclass(
+                next(f for f in dataclasses.fields(cls) if f.name == fault["loc"][0]).type
+            ):
                 where += f".{fault['loc'][1]}"
             inner = fault.get("ctx", {}).get("error")
             if fault["type"] == "missing":
@@ -162,7 +166,9 @@ def _validated(cls: type, record: Mapping[str, Any], prefix: str, extra: Sequenc
                 found += [f"{prefix.rstrip('.')}: {line}" for line in inner.faults]
             elif fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
                 section = next(f for f in dataclasses.fields(cls) if f.name == str(fault["loc"][0]))
-                inside = [f.name for f in dataclasses.fields(section.type)] if dataclasses.is_dataclass(section.type) else []
+                inside = (
+                    [f.name for f in dataclasses.fields(section.type)] if dataclasses.is_dataclass(section.type) else []
+                )
                 found.append(f"no key {where!r}{did_you_mean(str(fault['loc'][-1]), inside)}")
             else:
                 found.append(f"{where}={fault['input']!r}: {fault['msg'][0].lower() + fault['msg'][1:]}")
@@ -179,7 +185,11 @@ def _check(config: Config) -> None:
     optional = {"max_steps": t.max_steps, "eval_every": t.eval_every, "save_every": t.save_every}
     positive |= {name: value for name, value in optional.items() if value is not None and value != "auto"}
     found += [f"train.{name}={value!r} must be above 0" for name, value in positive.items() if not value > 0]
-    found += [f"train.{name}={getattr(t, name)!r} must not be negative" for name in ("weight_decay", "clip") if getattr(t, name) < 0]
+    found += [
+        f"train.{name}={getattr(t, name)!r} must not be negative"
+        for name in ("weight_decay", "clip")
+        if getattr(t, name) < 0
+    ]
     if not 0 <= t.warmup < 1:
         found.append(f"train.warmup={t.warmup!r} is a share of the steps, in [0, 1)")
     if config.data.max_length is not None and config.data.max_length < 2:
@@ -209,7 +219,9 @@ def override(record: Any, overrides: Sequence[str]) -> Any:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise ConfigError(f"{text!r} is not an override: write section.key=value, for example train.learning_rate=1e-4")
+            raise ConfigError(
+                f"{text!r} is not an override: write section.key=value, for example train.learning_rate=1e-4"
+            )
         place = record = dict(record or {})
         *path, last = key.split(".")
         for part in path:

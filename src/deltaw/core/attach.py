@@ -140,7 +140,9 @@ def insert(model: nn.Module, state: AdapterState, *, name: str = "default") -> N
     """
     found = fit(model, state)
     if found:
-        raise faults(FileError, "the adapter does not fit this model", [f"{site}: {why}" for site, why in found.items()])
+        raise faults(
+            FileError, "the adapter does not fit this model", [f"{site}: {why}" for site, why in found.items()]
+        )
     guards.admit(model, name, state.methods)
     for site, method in sorted(state.methods.items(), key=lambda item: item[1].follows_ties):
         host = host_of(model.get_submodule(site.path), site.slot, method.host)
@@ -163,7 +165,11 @@ def fit(model: nn.Module, state: AdapterState) -> dict[Site, str]:
             found[site] = f"the model has no such module{did_you_mean(site.path, modules)}"
         elif host is None or not host.has(module, site.slot):
             found[site] = f"{_class(module).__name__} cannot carry {method.name} at {site.slot!r}"
-        elif reason := guards.bypassed(model, site.path) or host.fault() or misfit(method, state.tensors[site], host.spec):
+        elif (
+            reason := guards.bypassed(model, site.path)
+            or host.fault()
+            or misfit(method, state.tensors[site], host.spec)
+        ):
             found[site] = reason
     return found
 

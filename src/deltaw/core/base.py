@@ -48,10 +48,11 @@ class BaseIdentity:
             mine, theirs = self.samples[path], other.samples[path]
             if mine.shape != theirs.shape:
                 return f"{path} has shape {_x(mine.shape)} in {self.name!r} and {_x(theirs.shape)} in {other.name!r}"
-            coarse = max(mine.dtype, theirs.dtype, key=lambda d: torch.finfo(getattr(torch, d)).eps)
             a, b = (torch.tensor(s.values, dtype=torch.float64) for s in (mine, theirs))
-            near = 0.0 if mine.dtype == theirs.dtype else torch.finfo(getattr(torch, coarse)).eps
-            if not torch.all((a - b).abs() <= near * torch.maximum(a.abs(), b.abs())):
+            kinds = [torch.finfo(getattr(torch, s.dtype)) for s in (mine, theirs)] if mine.dtype != theirs.dtype else []
+            near = max((kind.eps for kind in kinds), default=0.0)
+            least = max((kind.smallest_normal * kind.eps for kind in kinds), default=0.0)  # fp16 is coarse near zero
+            if not torch.all((a - b).abs() <= near * torch.maximum(a.abs(), b.abs()) + least):
                 return f"the values of {path} differ between {self.name!r} and {other.name!r}, though the shapes agree"
         return None
 

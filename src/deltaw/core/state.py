@@ -112,7 +112,9 @@ def delta(state: AdapterState, path: Site | str, weight: Tensor) -> Tensor:
     if site not in state.methods:
         raise UseError(f"the state adapts no {str(site)!r}{did_you_mean(str(site), map(str, state.methods))}")
     if tuple(weight.shape) != state.specs[site].shape:
-        raise UseError(f"{site}: the weight is {tuple(weight.shape)}, the adapter was made for {state.specs[site].shape}")
+        raise UseError(
+            f"{site}: the weight is {tuple(weight.shape)}, the adapter was made for {state.specs[site].shape}"
+        )
     adapter = state.methods[site].build(state.specs[site])
     if not isinstance(adapter, WeightAdapter):
         raise UseError(f"{site}: {state.methods[site].name} has no ΔW, its change cannot be written into a weight")

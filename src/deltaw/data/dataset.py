@@ -83,7 +83,9 @@ def split(rows: Rows, share: float) -> tuple[Rows, Rows]:
     # A few rows may all hash to one side; each side gets at least the row that is nearest to it.
     lowest, highest = min(places, default=0.0), max(places, default=0.0)
     if lowest == highest:
-        raise DataError(f"{rows.source} cannot be split, all its rows are equal: set data.eval to null or to another file")
+        raise DataError(
+            f"{rows.source} cannot be split, all its rows are equal: set data.eval to null or to another file"
+        )
     border = min(max(share, lowest), highest)
     held_out = [place < border or place == lowest for place in places]
     sides = ([row for row, out in zip(rows.rows, held_out, strict=True) if out is side] for side in (False, True))

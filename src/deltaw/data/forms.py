@@ -74,7 +74,9 @@ def _texts(row: Mapping[str, Any], fields: list[tuple[str, str]]) -> tuple[list[
 
 def _alpaca(row: Mapping[str, Any]) -> tuple[list[Message], list[str]]:
     row = {**row, "input": row.get("input") or "", "system": row.get("system") or ""}
-    texts, found = _texts(row, [("system", "system"), ("user", "instruction"), ("user", "input"), ("assistant", "output")])
+    texts, found = _texts(
+        row, [("system", "system"), ("user", "instruction"), ("user", "input"), ("assistant", "output")]
+    )
     history = row.get("history") or []
     pairs = history if isinstance(history, list) else [history]
     if not all(isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs):
@@ -98,7 +100,9 @@ def _messages(turns: Any) -> tuple[list[Message], list[str]]:
             continue
         missing = [key for key in ("role", "content") if key not in turn]
         if missing:
-            found.append(f"{place} has no `{missing[0]}`{did_you_mean(missing[0], map(str, turn))} (it has {', '.join(turn)})")
+            found.append(
+                f"{place} has no `{missing[0]}`{did_you_mean(missing[0], map(str, turn))} (it has {', '.join(turn)})"
+            )
         elif turn["role"] not in ROLES:
             near = did_you_mean(str(turn["role"]), ROLES)
             found.append(f"{place} has the role {turn['role']!r}, expected one of {', '.join(ROLES)}{near}")
@@ -121,7 +125,9 @@ def _order(turns: list[Message], form: str) -> list[str]:
     wrong = next((i for i, role in enumerate(roles) if role != ROLES[1 + i % 2]), None)
     if wrong is not None:
         number = wrong + 1 + len(turns) - len(talk)
-        found.append(f"message {number} is the {roles[wrong]}'s, expected the {ROLES[1 + wrong % 2]}'s: turns must alternate")
+        found.append(
+            f"message {number} is the {roles[wrong]}'s, expected the {ROLES[1 + wrong % 2]}'s: turns must alternate"
+        )
     elif roles[-1] == "user":
         found.append("the last message is the user's and has no answer: remove it")
     for number, turn in enumerate(turns, 1):

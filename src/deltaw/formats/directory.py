@@ -1,21 +1,22 @@
 """An adapter directory: what users keep, share and serve. Written whole or not at all; safetensors only, never pickle.
 
     adapter_config.json          PEFT's config, where PEFT has a format for the adapter
-    adapter_model.safetensors    the tensors, under PEFT's keys (layout peft) or ours (layout native)
+    adapter_model.safetensors    the tensors, under PEFT's keys (layout peft) or path:slot:name (layout native)
     deltaw.json                  methods, shapes, identity of the base, digest, recipe (`deltaw.formats.manifest`)
     README.md                    a model card
 
-A directory written by PEFT alone, without deltaw.json, reads too; its base is then unknown.
+A directory written by PEFT alone, without deltaw.json, reads too; its base is then unknown. Other files beside these
+(a tokenizer) are kept when the adapter is written again.
 """
 
 import json
-import pickle
-from collections.abc import Collection, Mapping
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,79 +25,166 @@ from deltaw.core.files import whole_folder, write_text
 from deltaw.core.method import Site
 from deltaw.core.state import AdapterState
 from deltaw.formats import manifest
-from deltaw.formats.peft import from_peft, to_peft
+from deltaw.formats.card import card
+from deltaw.formats.layout import Layout
+from deltaw.formats.peft import base_copies, from_peft, to_peft
+from deltaw.formats.weights import PICKLED, WEIGHTS, read_tensors
+from deltaw.methods.lora import LoRA
 
-CONFIG, WEIGHTS, PICKLED, OURS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "deltaw.json"
+CONFIG, OURS, CARD = "adapter_config.json", "deltaw.json", "README.md"
+WRITTEN = {CONFIG, WEIGHTS, PICKLED, OURS, CARD}
+"""What a write replaces; the pickle goes, its tensors are in the safetensors file."""
 
 
-def write(state: AdapterState, path: str | Path, *, paths: Collection[str] | None = None) -> None:
-    """Write `state` as the directory `path`, replacing an adapter that is there. `paths`: the base's module paths."""
+@dataclass(frozen=True)
+class Stored:
+    """What a directory holds."""
+
+    state: AdapterState
+    notes: list[str]
+    copies: Mapping[str, Tensor]
+    """Copies of the base's own tensors that PEFT put beside the adapter, by their names in the model."""
+    base_name: str | None
+    """What the files call the base; not proven by anything."""
+
+
+def write(state: AdapterState, path: str | Path, *, layout: Layout | None = None) -> None:
+    """Write `state` as the directory `path`, replacing an adapter that is there. `layout`: of the base, where known.
+
+    Methods and layers that PEFT has no format for are written in our own layout, without an adapter_config.json.
+    """
     folder = Path(path)
-    if folder.exists() and not (folder / WEIGHTS).exists() and any(folder.iterdir()):
-        raise FileError(f"{folder} exists and is not an adapter: give another folder")
+    folder = folder.resolve() if folder.is_symlink() else folder
     try:
-        config, tensors = to_peft(state, paths)
-        layout = "peft"
+        config, tensors = to_peft(state, layout)
+        kind = "peft"
     except ConfigError:
-        config, layout = None, "native"
+        config, kind = None, "native"
         tensors = {_native(s, name): t for s, group in state.tensors.items() for name, t in group.items()}
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    with whole_folder(folder) as draft:
-        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
-        (draft / WEIGHTS).chmod(0o644)
-        write_text(draft / OURS, manifest.write(state, layout, tensors))
-        write_text(draft / "README.md", card(state, layout))
-        if config is not None:
-            write_text(draft / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    described = manifest.write(state, kind, tensors)
+    others = _others(folder)
+    try:
+        with whole_folder(folder) as draft:
+            save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+            (draft / WEIGHTS).chmod(0o644)
+            write_text(draft / OURS, described)
+            write_text(draft / CARD, card(state, kind))
+            if config is not None:
+                write_text(draft / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+            for other in others:
+                _keep(other, draft / other.name)
+    except OSError as error:
+        raise FileError(f"the adapter cannot be written to {folder}: {error.strerror or error}") from None
+
+
+def read(path: str | Path, *, allow_pickle: bool = False, strict: bool = True) -> tuple[AdapterState, list[str]]:
+    """The state in a directory and notes for the user. FileError or ConfigError says what is wrong and what to do."""
+    stored = open_directory(path, allow_pickle=allow_pickle, strict=strict)
+    return stored.state, stored.notes
+
+
+def open_directory(path: str | Path, *, allow_pickle: bool = False, strict: bool = True) -> Stored:
+    """As `read`, with all that the directory says about its base."""
+    folder = Path(path)
+    _there(folder)
+    tensors = read_tensors(folder, allow_pickle)
+    if not (folder / OURS).is_file():
+        config = _config(folder)
+        state, notes = from_peft(config, tensors, strict=strict)
+        return Stored(state, notes, base_copies(config, tensors), config.get("base_model_name_or_path"))
+    ours = manifest.read((folder / OURS).read_text(encoding="utf-8"), str(folder / OURS))
+    if manifest.digest(tensors) != ours.digest:
+        raise FileError(
+            f"the tensors in {folder} are not those that {OURS} describes: fetch the folder again, or delete {OURS} "
+            "to read what is there by PEFT's config alone"
+        )
+    if ours.layout == "peft":
+        state, notes = from_peft(_config(folder), tensors)
+        placed: Mapping[Site, Mapping[str, Tensor]] = state.tensors
+        _agree(folder, state, ours)
+    else:
+        placed, notes = _by_site(tensors), []
+    if placed.keys() != ours.methods.keys():
+        apart = ", ".join(sorted(map(str, placed.keys() ^ ours.methods.keys()))[:6])
+        raise FileError(f"{folder}: {OURS} and {WEIGHTS} disagree about {apart}")
+    whole = AdapterState(ours.methods, placed, ours.specs, base=ours.base, meta=ours.meta)
+    return Stored(whole, notes, {}, ours.base.name if ours.base else None)
+
+
+def _agree(folder: Path, state: AdapterState, ours: manifest.Manifest) -> None:
+    """Both files must give one function: a config edited after saving would be followed by PEFT and not by us."""
+    found = []
+    for site in state.methods.keys() & ours.methods.keys():
+        theirs, mine = state.methods[site], ours.methods[site]
+        if type(theirs) is not type(mine):
+            found.append(f"{site}: {theirs.name} in {CONFIG}, {mine.name} in {OURS}")
+        elif isinstance(theirs, LoRA) and isinstance(mine, LoRA):
+            if abs(theirs.scale - mine.scale) > 1e-9 * mine.scale:
+                found.append(f"{site}: scale {theirs.scale:g} by {CONFIG}, {mine.scale:g} by {OURS}")
+        elif replace(theirs) != mine:
+            found.append(f"{site}: {theirs} by {CONFIG}, {mine} by {OURS}")
+    if found:
+        head = f"{folder} was edited after it was saved: delete {OURS} to go by {CONFIG}, or save the adapter again"
+        raise faults(FileError, head, sorted(found))
 
 
 def _native(site: Site, name: str) -> str:
     return f"{site.path}:{site.slot}:{name}"
 
 
-def read(path: str | Path, *, allow_pickle: bool = False) -> tuple[AdapterState, list[str]]:
-    """The state in a directory and notes for the user. FileError or ConfigError says what is wrong and what to do."""
-    folder = Path(path)
-    _there(folder)
-    tensors = _tensors(folder, allow_pickle)
-    if not (folder / OURS).is_file():
-        return from_peft(_config(folder), tensors)
-    ours = manifest.read((folder / OURS).read_text(encoding="utf-8"), str(folder / OURS))
-    if manifest.digest(tensors) != ours.digest:
-        raise FileError(
-            f"the tensors in {folder} are not those that {OURS} describes: the folder was changed or mixed up"
-        )
-    if ours.layout == "peft":
-        state, notes = from_peft(_config(folder), tensors)
-        placed: Mapping[Site, Mapping[str, Tensor]] = state.tensors
-    else:
-        placed, notes = _by_site(tensors), []
-    if placed.keys() != ours.methods.keys():
-        apart = ", ".join(sorted(map(str, placed.keys() ^ ours.methods.keys()))[:6])
-        raise FileError(f"{folder}: {OURS} and {WEIGHTS} disagree about {apart}")
-    return AdapterState(ours.methods, placed, ours.specs, base=ours.base, meta=ours.meta), notes
-
-
 def _by_site(tensors: Mapping[str, Tensor]) -> dict[Site, dict[str, Tensor]]:
     placed: dict[Site, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         where, _, name = key.rpartition(":")
-        site_path, _, slot = where.rpartition(":")
-        placed.setdefault(Site(site_path, slot), {})[name] = tensor
+        path, _, slot = where.rpartition(":")
+        placed.setdefault(Site(path, slot), {})[name] = tensor
     return placed
+
+
+def _others(folder: Path) -> list[Path]:
+    """Files beside an adapter that is written again. FileError where `folder` is something else."""
+    if folder.name in ("", ".."):
+        raise FileError(f"{str(folder)!r} would be replaced as a whole: give the adapter a folder of its own")
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise FileError(f"{folder} is a file: an adapter is a folder, give another name")
+    inside = sorted(folder.iterdir())
+    if inside and not {CONFIG, WEIGHTS, PICKLED} & {file.name for file in inside}:
+        raise FileError(f"{folder} exists and is not an adapter (it holds {inside[0].name}, …): give another folder")
+    return [file for file in inside if file.name not in WRITTEN]
+
+
+def _keep(source: Path, target: Path) -> None:
+    """Link where the disk can, else copy."""
+
+    def link(a: str, b: str) -> str:
+        try:
+            os.link(a, b)
+        except OSError:
+            shutil.copy2(a, b)
+        return b
+
+    if source.is_dir():
+        shutil.copytree(source, target, symlinks=True, copy_function=link)
+    else:
+        link(str(source), str(target))
 
 
 def _there(folder: Path) -> None:
     """Say what is missing, and where it might be."""
+    if folder.is_file():
+        raise FileError(f"{folder} is a file: give the adapter's folder, {folder.parent}")
     if not folder.is_dir():
         raise FileError(f"no adapter folder {str(folder)!r}")
     if (folder / WEIGHTS).is_file() or (folder / PICKLED).is_file():
         return
-    inside = sorted(p.name for p in folder.iterdir())
-    below = [p.parent.name for p in folder.glob(f"*/{CONFIG}")]
+    inside = sorted(file.name for file in folder.iterdir())
+    below = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
     hint = ""
     if below:
-        hint = f"; there are adapters in its folders {', '.join(below)}"
+        hint = f"; there are adapters in its folders {', '.join(below)}: give {folder / below[0]}"
     elif "config.json" in inside:
         hint = "; it holds a model, not an adapter"
     raise FileError(f"{folder} holds no {WEIGHTS} (it holds {', '.join(inside[:6]) or 'nothing'}){hint}")
@@ -108,51 +196,10 @@ def _config(folder: Path) -> dict[str, Any]:
         raise FileError(f"{folder} holds no {CONFIG}: the method of its tensors is unknown")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{file} is not JSON: {error}") from None
+    except json.JSONDecodeError as error:
+        raise FileError(f"{file}, line {error.lineno}: {CONFIG} is not JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise FileError(f"{file} is not text: {CONFIG} is not JSON") from None
     if not isinstance(record, dict):
         raise FileError(f"{file} is a {type(record).__name__}, expected an object")
     return record
-
-
-def _tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    file = folder / WEIGHTS
-    if not file.is_file():
-        file = folder / PICKLED
-        if not allow_pickle:
-            raise FileError(
-                f"{folder} has only {PICKLED}, a pickle: read it with allow_pickle=True (--allow-pickle), tensors only"
-            )
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise FileError(f"{file} holds more than tensors, or is broken: {str(error).splitlines()[0]}") from None
-        tensors = dict(loaded)
-    else:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  not a mapping
-        except (SafetensorError, OSError) as error:
-            pickled = file.read_bytes()[:2] in (b"PK", b"\x80\x02")
-            reason = "it is a pickle under another name" if pickled else f"corrupt or cut short ({error})"
-            raise FileError(f"{file} is not a safetensors file: {reason}; fetch it again") from None
-    found = [
-        f"{key} holds NaN or infinite values" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()
-    ]
-    if found:
-        raise faults(FileError, f"{file}", found)
-    return tensors
-
-
-def card(state: AdapterState, layout: str) -> str:
-    """A short model card."""
-    methods = ", ".join(sorted({method.name for method in state.methods.values()}))
-    base = f"`{state.base.name}` ({state.base.layer})" if state.base else "not recorded"
-    reads = "PEFT and everything that reads its format, and deltaw" if layout == "peft" else "deltaw"
-    return (
-        f"---\nlibrary_name: {'peft' if layout == 'peft' else 'deltaw'}\ntags: [lora, deltaw]\n---\n\n# Adapter\n\n"
-        f"| | |\n|---|---|\n| base | {base} |\n| methods | {methods} |\n| modules | {len(state.methods)} |\n"
-        f"| parameters | {state.parameters:,} |\n| read by | {reads} |\n\n"
-        "It holds the trained change only, not the base. With the base loaded as `model`:\n\n"
-        '```python\nimport deltaw\n\ndeltaw.load(model, "path/of/this/folder")\n```\n'
-    )

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from deltaw import __version__
 from deltaw.core.base import BaseIdentity
-from deltaw.core.errors import FileError
+from deltaw.core.errors import ConfigError, FileError
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Site, from_dict
 from deltaw.core.state import AdapterState
 
 FORMAT = 1
+LAYOUTS = ("peft", "native")
+"""How the tensors are named: by PEFT's keys, or path:slot:name where PEFT has no format."""
 
 
 def write(state: AdapterState, layout: str, tensors: Mapping[str, Tensor]) -> str:
@@ -44,7 +46,10 @@ def write(state: AdapterState, layout: str, tensors: Mapping[str, Tensor]) -> st
         "sites": sites,
         "meta": dict(state.meta),
     }
-    return json.dumps(manifest, ensure_ascii=False, separators=(",", ":")) + "\n"
+    try:
+        return json.dumps(manifest, ensure_ascii=False, separators=(",", ":")) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"meta is kept as JSON, plain values, lists and tables only: {error}") from None
 
 
 _DEFAULT = {f.name: f.default for f in dataclasses.fields(HostSpec)}
@@ -64,23 +69,29 @@ def read(text: str, source: str) -> Manifest:
     """Parse a manifest; FileError with the reason where it is not one of ours, or of a newer format."""
     try:
         record = json.loads(text)
-        if record["format"] > FORMAT:
-            raise FileError(
-                f"{source} is of format {record['format']}, this deltaw reads up to {FORMAT}: upgrade deltaw"
-            )
-        methods = [from_dict(method) for method in record["methods"]]
-        sites = {Site(path, slot): (methods[index], _spec(spec)) for path, slot, index, spec in record["sites"]}
-        base = None if record["base"] is None else BaseIdentity.from_dict(record["base"])
-        return Manifest(
-            record["layout"], record["digest"], base,
-            {site: method for site, (method, _) in sites.items()},
-            {site: spec for site, (_, spec) in sites.items()},
-            record["meta"],
-        )  # fmt: skip
     except json.JSONDecodeError as error:
         raise FileError(f"{source}, line {error.lineno}: not JSON ({error.msg})") from None
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    try:
+        version, layout = int(record["format"]), str(record["layout"])
+        methods = [from_dict(method) for method in record["methods"]] if version <= FORMAT else []
+        sites = record["sites"] if version <= FORMAT else []
+        here = {Site(path, slot): (methods[index], _spec(spec)) for path, slot, index, spec in sites}
+        base = None if record["base"] is None else BaseIdentity.from_dict(record["base"])
+        parsed = Manifest(
+            layout, str(record["digest"]), base,
+            {site: method for site, (method, _) in here.items()},
+            {site: spec for site, (_, spec) in here.items()},
+            dict(record["meta"]),
+        )  # fmt: skip
+    except ConfigError as error:  # a method that is not installed, or newer
+        raise ConfigError(f"{source}: {error}") from None
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise FileError(f"{source} is not a manifest of deltaw: {type(error).__name__} {error}") from None
+    if version > FORMAT:
+        raise FileError(f"{source} is of format {version}, this deltaw reads up to {FORMAT}: upgrade deltaw")
+    if layout not in LAYOUTS:
+        raise FileError(f"{source} says layout {layout!r}, known are {' and '.join(LAYOUTS)}: upgrade deltaw")
+    return parsed
 
 
 def _spec(record: Mapping[str, Any]) -> HostSpec:

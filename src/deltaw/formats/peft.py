@@ -7,225 +7,228 @@
     base_model.model.<path>.base_layer.bias, <p>.bias  trained biases          Full at slot bias
     base_model.model.<path>.<parameter>                modules_to_save         Full at that slot
     base_model.model.<path>.token_adapter.trainable_tokens_delta  [n, dim]     TokenRows (absolute rows)
+    base_model.model.<path>.base_layer.weight          copy of the base's own  not part of the adapter
 
-On read the tensors are the truth: every one must land, ranks come from shapes, alphas from the config's patterns. What
-the config says beyond that is checked against them and reported. Pure functions on plain data; PEFT is not needed.
+Older files write the adapter's name too (lora_A.default.weight). On read the tensors are the truth: every one must
+land, ranks come from shapes, alphas from the config's patterns; what the config says beyond that is checked against
+them and reported. Pure functions on plain data; PEFT is not needed. `to_peft` is in `peft_write`, `matches` in
+`peft_match`, `parse_config` in `peft_config`.
 """
 
+import dataclasses
 import re
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from deltaw.core.errors import ConfigError, FileError, faults
+from deltaw.core.errors import FileError, faults
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Site
 from deltaw.core.state import AdapterState
-from deltaw.formats.peft_config import alpha_of, check, leaf_targets, method_of
+from deltaw.formats.peft_config import DUMMY, alpha_of, check, method_of, parse_config, rank_of
+from deltaw.formats.peft_match import first_hit, matches, named, saved, shadowed
+from deltaw.formats.peft_write import PREFIX, to_peft
 from deltaw.methods.dora import DoRA
 from deltaw.methods.full import Full
 from deltaw.methods.lora import LoRA
 from deltaw.methods.token_rows import TokenRows
 
-PREFIX = "base_model.model."
-_KEY = re.compile(
-    r"^(?P<path>.*?)\.?(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-    r"|token_adapter\.trainable_tokens_delta)(?:\.(?!weight$|bias$)[^.]+)?(?P<tail>\.weight|\.bias)?$"
-)
-_NAMES = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
+__all__ = ["base_copies", "from_peft", "matches", "parse_config", "to_peft"]
+
+_NAME = r"(?:\.(?P<name>(?!weight$|bias$)[^.]+))?"  # the adapter's name, in older files
+_FACTOR = re.compile(rf"(?P<path>.+)\.lora_(?P<which>[AB]){_NAME}\.(?P<slot>weight|bias)")
+_EMBEDDING = re.compile(rf"(?P<path>.+)\.lora_embedding_(?P<which>[AB]){_NAME}")
+_MAGNITUDE = re.compile(rf"(?P<path>.+)\.lora_magnitude_vector{_NAME}(?:\.weight)?")
+_ROWS = re.compile(rf"(?P<path>.+)\.token_adapter\.trainable_tokens_delta{_NAME}")
+_COPY = re.compile(r"(?P<path>.+?)\.(?:token_adapter\.)?base_layer\.weight")
+_ORIGINAL = re.compile(r"(?P<path>.+)\.original_module\.(?P<slot>.+)")
+_SAVED = re.compile(r"(?P<path>.+)\.modules_to_save(?:\.default)?\.(?P<slot>.+)")
 
 
-def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[AdapterState, list[str]]:
-    """A state and the notes a user should read. ConfigError for features that are not supported, FileError for keys."""
-    notes = check(config)
-    low_rank: dict[str, dict[str, Tensor]] = {}
-    embeddings: set[str] = set()
-    rows: dict[str, Tensor] = {}
-    whole: dict[Site, Tensor] = {}
-    found: list[str] = []
-    for key, tensor in tensors.items():
-        if not key.startswith(PREFIX):
-            found.append(
-                f"key {key!r} does not begin with {PREFIX!r}: the file was written by hand or from a wrapped model"
-            )
-            continue
-        name = key.removeprefix(PREFIX)
-        match = _KEY.match(name)
-        if match is None:
-            _plain(name, tensor, whole, notes)
-        elif match["tail"] == ".bias":
-            found.append(f"key {key!r}: a bias on B (lora_bias) is not supported yet")
-        elif match["kind"] == "token_adapter.trainable_tokens_delta":
-            rows[match["path"]] = tensor
-        elif match["kind"] == "lora_magnitude_vector":
-            low_rank.setdefault(match["path"], {})["magnitude"] = tensor.flatten()
-        else:
-            low_rank.setdefault(match["path"], {})[_NAMES[match["kind"]]] = tensor
-            if match["kind"].startswith("lora_embedding"):
-                embeddings.add(match["path"])
-    template = method_of(config)
+@dataclass
+class _Sorted:
+    """The tensors of a file by what they are."""
+
+    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[Site, Tensor] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    originals: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+    found: list[str] = field(default_factory=list)
+    compiled: bool = False
+
+
+def from_peft(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, strict: bool = True
+) -> tuple[AdapterState, list[str]]:
+    """A state and the notes a user should read. ConfigError for features that are not supported, FileError for keys.
+
+    strict=False leaves out what cannot be placed, with a note each.
+    """
+    notes = check(config, strict=strict)
+    parts = _sort(config, tensors)
+    template = dataclasses.replace(
+        method_of(config, strict=strict), rank_pattern={}, alpha_pattern={}, bias="none", modules_to_save=()
+    )
     methods: dict[Site, Method] = {}
     specs: dict[Site, HostSpec] = {}
     placed: dict[Site, Mapping[str, Tensor]] = {}
-    for path, group in low_rank.items():
-        needed = {"lora_A", "lora_B"} | ({"magnitude"} if isinstance(template, DoRA) else set())
-        if group.keys() != needed:
-            lacks = ", ".join(sorted(needed - group.keys())) or "none"
-            extra = ", ".join(sorted(group.keys() - needed)) or "none"
-            found.append(f"{path}: missing {lacks}, unexpected {extra}; the config says {type(template).__name__}")
+    for path, group in parts.factors.items():
+        reason = _unfit(group, isinstance(template, DoRA))
+        if reason:
+            parts.found.append(f"{path}: {reason}")
             continue
         a, b = group["lora_A"], group["lora_B"]
-        if a.shape[0] != b.shape[1]:
-            found.append(f"{path}: A is {tuple(a.shape)} and B is {tuple(b.shape)}: their ranks differ")
+        if a.shape[0] != rank_of(config, path):
+            notes.append(
+                f"{path}: of rank {a.shape[0]} by its tensors and {rank_of(config, path)} by the config; the tensors count"
+            )
+        methods[Site(path)] = dataclasses.replace(template, rank=a.shape[0], alpha=alpha_of(config, path))
+        specs[Site(path)] = HostSpec((b.shape[0], *a.shape[1:]), lookup=path in parts.embeddings)
+        placed[Site(path)] = group
+    for path, rows in parts.rows.items():
+        tokens = _tokens(config, path)
+        if tokens is None or len(tokens) != len(rows):
+            parts.found.append(f"{path}: {len(rows)} token rows, but trainable_token_indices names {tokens} for it")
             continue
-        site = Site(path)
-        methods[site] = replace(
-            template,
-            rank=a.shape[0],
-            alpha=alpha_of(config, path),
-            rank_pattern={},
-            alpha_pattern={},
-            bias="none",
-            modules_to_save=(),
-        )
-        specs[site] = HostSpec((b.shape[0], *a.shape[1:]), lookup=path in embeddings)
-        placed[site] = group
-    for path, tensor in rows.items():
-        methods[Site(path)] = TokenRows(tokens=_tokens(config, path, len(tensor)))
-        placed[Site(path)] = {"rows": tensor}
-        specs[Site(path)] = HostSpec((tensor.shape[1], 0), lookup=True)
-    for site, tensor in whole.items():
+        methods[Site(path)], placed[Site(path)] = TokenRows(tokens=tokens), {"rows": rows}
+        specs[Site(path)] = HostSpec((rows.shape[1], max(tokens) + 1), lookup=True)  # the least vocabulary it can be
+    for site, tensor in parts.whole.items():
         methods[site], placed[site] = Full(), {"copy": tensor}
         specs[site] = HostSpec(tuple(tensor.shape), linear=False)
-    if found:
-        raise faults(FileError, "the adapter's tensors cannot be read", found)
+    if len(parts.names) > 1:
+        parts.found.append(f"it holds several adapters ({', '.join(sorted(parts.names))}): split it into a file each")
+    if parts.found and strict:
+        raise faults(FileError, "the adapter's tensors cannot be read", parts.found)
     if not methods:
-        raise FileError("the adapter's file holds no tensor")
-    notes += _dead_names(config, [site.path for site in methods])
-    meta = {"task_type": config.get("task_type")} if config.get("task_type") else {}
+        raise FileError("the adapter's file holds no tensor of an adapter")
+    notes += [f"left out: {fault}" for fault in parts.found]
+    if copied := [*parts.copies, *parts.originals]:
+        notes.append(f"{', '.join(copied)}: PEFT's copy of the base's own, not part of the adapter, left out")
+    notes += ["keys say _orig_mod: saved from a compiled model, read without it"] if parts.compiled else []
+    notes += _dead(config, methods)
+    meta = {"task_type": config["task_type"]} if config.get("task_type") else {}
     return AdapterState(methods, placed, specs, base=None, meta=meta), notes
 
 
-def _plain(name: str, tensor: Tensor, whole: dict[Site, Tensor], notes: list[str]) -> None:
-    """A key without a LoRA part: a fully trained parameter, or PEFT's automatic copy of a base embedding."""
-    name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
-    path, _, slot = name.rpartition(".")
-    if path.endswith(".base_layer") or path == "base_layer":
-        path = path.removesuffix("base_layer").rstrip(".")
-        if slot == "weight":
-            notes.append(
-                f"{path}.weight in the file is PEFT's copy of the base's own weight: not part of the adapter, left out"
+def base_copies(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The base's own embeddings that a file carries beside the adapter, by their names in the model.
+
+    Only those PEFT insists on to be the same; what stood under a module that is replaced does not matter.
+    """
+    return _sort(config, tensors).copies
+
+
+def _sort(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _Sorted:
+    parts, whole_modules = _Sorted(), config.get("modules_to_save") or ()
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            parts.found.append(
+                f"key {key!r} does not begin with {PREFIX!r}: the file was not written by PEFT, or renamed"
             )
-            return
-    whole[Site(path, slot)] = tensor
+            continue
+        name = key.removeprefix(PREFIX)
+        if "_orig_mod." in name:
+            name, parts.compiled = name.replace("_orig_mod.", ""), True
+        if shadowed(whole_modules, name.rpartition(".")[0]):  # in here names like lora_A are the base's own
+            _whole(parts, name, tensor)
+        elif hit := _FACTOR.fullmatch(name):
+            _low_rank(parts, hit, f"lora_{hit['which']}", tensor, key)
+        elif hit := _EMBEDDING.fullmatch(name):
+            parts.embeddings.add(hit["path"])
+            _low_rank(parts, hit, f"lora_{hit['which']}", tensor, key)
+        elif hit := _MAGNITUDE.fullmatch(name):
+            _low_rank(parts, hit, "magnitude", tensor.flatten(), key)
+        elif hit := _ROWS.fullmatch(name):
+            parts.rows[hit["path"]] = tensor
+            parts.names |= {hit["name"]} if hit["name"] else set()
+        else:
+            _whole(parts, name, tensor)
+    return parts
 
 
-def _tokens(config: Mapping[str, Any], path: str, count: int) -> tuple[int, ...]:
+def _low_rank(parts: _Sorted, hit: re.Match[str], tensor_name: str, tensor: Tensor, key: str) -> None:
+    path = hit["path"]
+    if hit.groupdict().get("slot") == "bias":
+        parts.found.append(f"key {key!r}: a bias on B (lora_bias) is not supported yet")
+    elif path.endswith(".base_layer"):
+        parts.found.append(f"key {key!r}: adapters inside each other (target_parameters) are not supported yet")
+    else:
+        parts.factors.setdefault(path, {})[tensor_name] = tensor
+        parts.names |= {hit["name"]} if hit["name"] else set()
+
+
+def _whole(parts: _Sorted, name: str, tensor: Tensor) -> None:
+    """A fully trained parameter, or a copy of the base's own."""
+    if hit := _ORIGINAL.fullmatch(name):
+        parts.originals.append(f"{hit['path']}.{hit['slot']}")
+        return
+    if hit := _COPY.fullmatch(name):
+        parts.copies[f"{hit['path']}.weight"] = tensor
+        return
+    hit = _SAVED.fullmatch(name)
+    name = f"{hit['path']}.{hit['slot']}" if hit else name.replace(".base_layer.", ".")
+    path, _, slot = name.rpartition(".")
+    known = parts.whole.setdefault(Site(path, slot), tensor)
+    if known is not tensor and not torch.equal(known, tensor):
+        parts.found.append(f"{name} is in the file twice, with different values")
+
+
+def _unfit(group: Mapping[str, Tensor], dora: bool) -> str | None:
+    """Why the tensors at one path are no adapter, or None."""
+    needed = {"lora_A", "lora_B"} | ({"magnitude"} if dora else set())
+    if group.keys() != needed:
+        said = [f"missing {', '.join(sorted(needed - group.keys()))}"] if needed - group.keys() else []
+        said += [f"unexpected {', '.join(sorted(group.keys() - needed))}"] if group.keys() - needed else []
+        return f"{'; '.join(said)}; the config says {'DoRA' if dora else 'LoRA'}"
+    a, b = group["lora_A"], group["lora_B"]
+    shapes = f"A is {tuple(a.shape)} and B is {tuple(b.shape)}"
+    if a.ndim < 2 or b.ndim < 2 or 0 in (*a.shape, *b.shape):
+        return f"{shapes}: not two matrices; were they gathered before saving from a sharded run?"
+    if a.ndim > 2 and a.shape[0] != b.shape[1] and a.shape[0] % b.shape[1] == 0:
+        return f"{shapes}: PEFT's grouped convolution is not supported yet (it has no ΔW of the weight's shape)"
+    return f"{shapes}: their ranks differ" if a.shape[0] != b.shape[1] else None
+
+
+def _tokens(config: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
+    """A list is for the input embedding, a table is by (the end of) the module's path."""
     given = config.get("trainable_token_indices")
     if isinstance(given, Mapping):
-        given = next((ids for name, ids in given.items() if path == name or path.endswith("." + name)), None)
-    if not isinstance(given, Sequence) or len(given) != count:
-        raise FileError(f"{path}: {count} token rows, but trainable_token_indices names {given!r}")
-    return tuple(int(token) for token in given)
+        given = next((ids for name, ids in given.items() if path.endswith(name)), None)
+    return None if given is None else tuple(given)
 
 
-def _dead_names(config: Mapping[str, Any], paths: Sequence[str]) -> list[str]:
-    """Names in the config that no tensor of the file answers to: a line each, as nobody else would tell."""
-    notes = []
-    for key in ("target_modules", "modules_to_save"):
-        names = config.get(key)
-        if isinstance(names, list | tuple | set):
-            # a module saved whole may be a part: "classifier" answers for classifier.dense
-            dead = [n for n in sorted(set(names)) if not any(re.search(rf"(^|\.){re.escape(n)}(\.|$)", p) for p in paths)]
-            notes += [f"{key} names {name!r}, for which the file holds no tensor" for name in dead]
+def _dead(config: Mapping[str, Any], methods: Mapping[Site, Method]) -> list[str]:
+    """What the config names and the file lacks, and the other way round."""
+    low_rank = [site.path for site, method in methods.items() if isinstance(method, LoRA)]
+    whole = {site.path for site, method in methods.items() if isinstance(method, Full)}
+    above = {".".join(path.split(".")[: i + 1]) for path in whole for i in range(path.count(".") + 1)}
+    targets, asked, notes = config.get("target_modules"), config.get("modules_to_save") or (), []
+    if isinstance(targets, str) and (targets.lower() == "all-linear" or targets == DUMMY):
+        targets = None
+    if isinstance(targets, str):
+        notes += _lacking("target_modules", [] if any(re.fullmatch(targets, path) for path in low_rank) else [targets])
+    else:
+        dead = [name for name in sorted(targets or ()) if not any(named([name], path) for path in low_rank)]
+        notes += _lacking("target_modules", dead)
+    extra = sorted(set(low_rank) - set(matches(config, low_rank))) if targets else []
+    if extra:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        notes.append(f"the file adapts {extra[0]}{more}, which target_modules does not select: loaded all the same")
+    notes += _lacking("modules_to_save", [m for m in dict.fromkeys(asked) if not any(saved([m], p) for p in above)])
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(option) or {}
+        notes += _lacking(option, [p for p in patterns if not any(first_hit({p: True}, path) for path in low_rank)])
+    if config.get("trainable_token_indices") and not any(isinstance(method, TokenRows) for method in methods.values()):
+        notes += _lacking("trainable_token_indices", ["tokens"])
     return notes
 
 
-def to_peft(state: AdapterState, paths: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, tensors) that PEFT loads to the same function. `paths`: all module paths of the base, for short targets.
-
-    ConfigError where PEFT has no format for a method or layer; such adapters are stored in our own layout.
-    """
-    tensors: dict[str, Tensor] = {}
-    low_rank: dict[str, LoRA] = {}
-    saved: list[str] = []
-    biases: list[str] = []
-    tokens: dict[str, list[int]] = {}
-    found: list[str] = []
-    for site, method in state.methods.items():
-        group, spec = state.tensors[site], state.specs[site]
-        key = f"{PREFIX}{site.path}."
-        if type(method) in (LoRA, DoRA):
-            assert isinstance(method, LoRA)
-            if spec.groups > 1:
-                found.append(
-                    f"{site}: PEFT's grouped convolution is another function (it has no ΔW of the weight's shape)"
-                )
-            low_rank[site.path] = method
-            for name in ("lora_A", "lora_B"):
-                tensors[key + (name.replace("lora_", "lora_embedding_") if spec.lookup else f"{name}.weight")] = group[
-                    name
-                ]
-            if isinstance(method, DoRA):
-                shape = (1, -1, *[1] * (len(spec.shape) - 2)) if len(spec.shape) > 2 else (-1,)
-                tensors[f"{key}lora_magnitude_vector"] = group["magnitude"].view(shape)
-        elif type(method) is TokenRows:
-            tensors[f"{key}token_adapter.trainable_tokens_delta"] = group["rows"]
-            tokens[site.path] = list(method.tokens)
-        elif type(method) is Full:
-            own = {s.slot for s, m in state.methods.items() if s.path == site.path and type(m) is Full}
-            if own == {"bias"}:
-                biases.append(site.path)
-                adapted = any(s.path == site.path and s.slot == "weight" for s in state.methods)
-                key += "base_layer." if adapted else ""
-            elif site.path not in saved:
-                saved.append(site.path)
-            tensors[f"{key}{site.slot}"] = group["copy"]
-        else:
-            found.append(f"{site}: PEFT has no format for {method.name!r}")
-    kinds = {type(method) for method in low_rank.values()}
-    if len(kinds) > 1:
-        found.append("LoRA and DoRA in one adapter: PEFT has one switch for all modules")
-    if not low_rank:
-        found.append("PEFT's format needs at least one low-rank module")
-    if found:
-        raise faults(ConfigError, "PEFT cannot hold this adapter", found)
-    return _config(state, low_rank, saved, biases, tokens, paths), tensors
-
-
-def _config(
-    state: AdapterState, low_rank: Mapping[str, LoRA], saved: list[str], biases: list[str],
-    tokens: Mapping[str, list[int]], paths: Collection[str] | None,
-) -> dict[str, Any]:  # fmt: skip
-    rslora = all(method.rslora for method in low_rank.values())
-    # scale · r where the modules disagree on rsLoRA: PEFT has one switch
-    alphas = {path: m.alpha if m.rslora == rslora else m.scale * (m.rank or 0) for path, m in low_rank.items()}
-    rank = Counter(m.rank for m in low_rank.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    adapted_biases = all(path in low_rank for path in biases)
-    return {
-        "peft_type": "LORA",
-        "task_type": state.meta.get("task_type"),
-        "base_model_name_or_path": state.base.name if state.base and state.base.name != state.base.layer else None,
-        "r": rank,
-        "lora_alpha": _whole(alpha),
-        "lora_dropout": next(iter(low_rank.values())).dropout,
-        "rank_pattern": {f"^{re.escape(p)}": m.rank for p, m in low_rank.items() if m.rank != rank},
-        "alpha_pattern": {f"^{re.escape(p)}": _whole(a) for p, a in alphas.items() if a != alpha},
-        "target_modules": leaf_targets(list(low_rank), paths),
-        "modules_to_save": saved or None,
-        "trainable_token_indices": dict(tokens) or None,
-        "bias": "none" if not biases else "lora_only" if adapted_biases else "all",
-        "use_rslora": rslora,
-        "use_dora": isinstance(next(iter(low_rank.values())), DoRA),
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-
-
-def _whole(value: float | None) -> float | int | None:
-    return int(value) if value is not None and float(value).is_integer() else value
+def _lacking(option: str, dead: Iterable[str]) -> list[str]:
+    listed = ", ".join(map(repr, dead))
+    return [f"{option} names {listed}, for which the file holds no tensor"] if listed else []

@@ -19,7 +19,9 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids up to the point where the answer begins: through the chat template where there is one, else the text."""
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
     if not isinstance(prompt, str):
         if len(prompt) != 1:
             raise UseError("this base has no chat template: give the prompt as plain text, not as a conversation")
@@ -40,7 +42,9 @@ def generate(
 ) -> list[str]:
     """One answer per prompt, in order. temperature 0 is greedy; with `seed` sampling repeats."""
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise UseError(f"temperature={temperature} must not be negative, top_p={top_p} in (0, 1], max_new_tokens={max_new_tokens} at least 1")
+        raise UseError(
+            f"temperature={temperature} must not be negative, top_p={top_p} in (0, 1], max_new_tokens={max_new_tokens} at least 1"
+        )
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -48,7 +52,11 @@ def generate(
     for number, ids in enumerate(encoded, 1):
         if limit is not None and len(ids) >= limit:
             raise UseError(f"prompt {number} has {len(ids)} tokens, the base reads at most {limit}: shorten it")
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        if temperature
+        else {"do_sample": False}
+    )
     if seed is not None:
         torch.manual_seed(seed)
     answers: list[str] = []

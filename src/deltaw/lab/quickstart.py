@@ -20,7 +20,6 @@ from deltaw.core.errors import DeltawError
 from deltaw.core.route import use
 from deltaw.data.rows import Rows, read_rows
 from deltaw.infer.evaluate import Evaluation, evaluate
-from deltaw.infer.generate import generate
 from deltaw.lab.tasks import TASKS, Task, load_task, nearest_row_baseline
 from deltaw.mixing.exact import exact
 from deltaw.models.adapters import load
@@ -43,7 +42,9 @@ class Trained:
     adapter: Path
 
 
-def quickstart(output: str | Path, say: Say = print, *, steps: int = STEPS, held_out: int | None = None) -> dict[str, Any]:
+def quickstart(
+    output: str | Path, say: Say = print, *, steps: int = STEPS, held_out: int | None = None
+) -> dict[str, Any]:
     """Run all of it under `output` (a new folder) and return the figures. `held_out` limits the rows scored per task."""
     began = time.monotonic()
     folder = Path(output)
@@ -80,7 +81,9 @@ def quickstart(output: str | Path, say: Say = print, *, steps: int = STEPS, held
         "peak_memory_bytes": peak_memory(),
         "output": str(folder),
     }
-    say(f"\nAn adapter folder is {size / 1e6:.2f} MB. All of this took {seconds:.0f} s and {peak_memory() / 1e9:.2f} GB.")
+    say(
+        f"\nAn adapter folder is {size / 1e6:.2f} MB. All of this took {seconds:.0f} s and {peak_memory() / 1e9:.2f} GB."
+    )
     say(f"The adapters are in {folder}; try: deltaw chat --adapter {done[0].adapter}")
     return result
 
@@ -165,8 +168,12 @@ def _mix(base: Base, done: list[Trained], say: Say) -> dict[str, Any]:
 
 def _merge(each: Trained, folder: Path, say: Say) -> dict[str, Any]:
     shipped = merge_to_folder("tiny", each.adapter, folder / f"{each.task.name}-merged", dtype="fp32")
-    say(f"\n`{each.task.name}` merged into a plain Transformers folder, read back from disk and compared with the adapter:")
-    say(f"  largest logit difference {shipped.max_logit_difference:.1e} (the adapter's own effect: {shipped.effect:.2f})")
+    say(
+        f"\n`{each.task.name}` merged into a plain Transformers folder, read back from disk and compared with the adapter:"
+    )
+    say(
+        f"  largest logit difference {shipped.max_logit_difference:.1e} (the adapter's own effect: {shipped.effect:.2f})"
+    )
     return {"max_logit_difference": shipped.max_logit_difference, "effect": shipped.effect, "path": str(shipped.path)}
 
 
@@ -182,7 +189,10 @@ def _refusals(base: Base, each: Trained, say: Say) -> dict[str, str]:
 
     say("\nAn adapter is not a model:")
     result = {}
-    for title, action in (("opened without its base", without_base), ("put on another base of the same shape", on_a_stranger)):
+    for title, action in (
+        ("opened without its base", without_base),
+        ("put on another base of the same shape", on_a_stranger),
+    ):
         try:
             action()
         except DeltawError as error:

@@ -1,7 +1,7 @@
 """save and load: a live model ↔ an adapter directory. Loading is strict and asks whether the base is the right one.
 
 match      the identity in deltaw.json agrees with the model
-mismatch   it does not: BaseMismatchError, unless allow_base_mismatch
+mismatch   it does not, or PEFT's copy of the embedding is another one: BaseMismatchError, unless allow_base_mismatch
 unknown    a stranger's file that does not say: loads, and the report says so
 """
 
@@ -12,15 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from deltaw.analysis.norms import norms
 from deltaw.core.attach import extract, fit, insert
-from deltaw.core.base import identify
-from deltaw.core.errors import BaseMismatchError
+from deltaw.core.base import base_modules, base_parameters, identify
+from deltaw.core.errors import BaseMismatchError, FileError, faults
+from deltaw.core.host import host_of
 from deltaw.core.state import AdapterState
 from deltaw.formats import directory
+from deltaw.formats.layout import Layout
+from deltaw.hosts.linear import TransposedLinearHost
 
 log = logging.getLogger("deltaw")
+Answer = Literal["match", "mismatch", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -30,32 +36,49 @@ class LoadReport:
     name: str
     sites: int
     parameters: int
-    base: Literal["match", "mismatch", "unknown"]
+    base: Answer
     notes: tuple[str, ...] = ()
+    base_name: str | None = None
+    """What the files call the base."""
+    change: float = 0.0
+    """‖ΔW‖ over all low-rank sites; 0 where there are none."""
+    left_out: tuple[str, ...] = ()
+    """With strict=False: what did not fit, and why."""
 
     def __str__(self) -> str:
+        named = f" ({self.base_name})" if self.base_name else ""
         said = {
-            "match": "trained on this base",
-            "mismatch": "trained on another base, allowed",
-            "unknown": "the file does not say which base it was trained on",
+            "match": f"trained on this base{named}",
+            "mismatch": f"trained on another base{named}, allowed",
+            "unknown": f"the file does not say which base it was trained on, beyond a name{named}"
+            if named
+            else "the file does not say which base it was trained on",
         }[self.base]
-        head = f"adapter {self.name!r}: {self.sites} sites, {self.parameters:,} parameters; {said}"
-        return "\n".join([head, *(f"  note: {note}" for note in self.notes)])
+        size = f", ‖ΔW‖ {self.change:.3g}" if self.change else ""
+        head = f"adapter {self.name!r}: {self.sites} sites, {self.parameters:,} parameters{size}; {said}"
+        left = [f"  left out: {fault}" for fault in self.left_out]
+        return "\n".join([head, *left, *(f"  note: {note}" for note in self.notes)])
 
 
 def save(model: nn.Module, path: str | Path, *, name: str = "default", meta: Mapping[str, Any] | None = None) -> None:
     """Write adapter `name` as a directory: PEFT's two files where PEFT has a format for it, and deltaw.json.
 
-    `meta`: free facts kept with it (task_type, recipe, metrics). The model is left as it is.
+    `meta`: free facts kept with it (task_type, recipe, metrics), plain JSON values. The model is left as it is.
     """
     state = dataclasses.replace(extract(model, name), meta=dict(meta or {}))
-    directory.write(state, path, paths=base_paths(model))
+    directory.write(state, path, layout=layout(model))
 
 
-def base_paths(model: nn.Module) -> list[str]:
-    """Module paths of the base, those of attached adapters left out."""
-    inside = [f"{path}.adapters".lstrip(".") for path, module in model.named_modules() if "entries" in module.__dict__]
-    return [p for p, _ in model.named_modules() if p and not any(p == i or p.startswith(f"{i}.") for i in inside)]
+def layout(model: nn.Module) -> Layout:
+    """What PEFT's config needs to know of the base under `model`; adapters are left out."""
+    entries, transposed = {}, set()
+    for path, module in base_modules(model):
+        saved = set(module._buffers) - module._non_persistent_buffers_set
+        entries[path] = [n for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
+        entries[path] = [n for n in entries[path] if n in module._parameters or n in saved]
+        if isinstance(host_of(module), TransposedLinearHost):
+            transposed.add(path)
+    return Layout(entries, transposed)
 
 
 def load(
@@ -72,32 +95,68 @@ def load(
     Every tensor must land. strict=False loads what fits and reports the rest loudly. Raises FileError for files that
     are missing, corrupt or do not fit, ConfigError for PEFT features that are not supported, BaseMismatchError.
     """
-    state, notes = directory.read(path, allow_pickle=allow_pickle)
-    base: Literal["match", "mismatch", "unknown"] = "unknown"
-    if state.base is not None:
-        here = identify(model)
-        difference = state.base.difference(here)
-        if difference and not allow_base_mismatch:
-            raise BaseMismatchError(
-                f"{path} was trained on {state.base.name!r} ({state.base.layer}), this model is another base: {difference}. "
-                "Load the right base, or pass allow_base_mismatch=True (--allow-base-mismatch) if you know better"
-            )
-        base = "mismatch" if difference else "match" if state.base.comparable(here) else "unknown"
+    stored = directory.open_directory(path, allow_pickle=allow_pickle, strict=strict)
+    state, notes = stored.state, list(stored.notes)
+    answer, why = _base_answer(model, stored)
+    if why and not allow_base_mismatch:
+        raise BaseMismatchError(
+            f"{path} was trained on {repr(stored.base_name) if stored.base_name else 'a base it does not name'}, "
+            f"this model is another base: {why}. "
+            "Load the right base, or pass allow_base_mismatch=True (--allow-base-mismatch) if you know better"
+        )
+    notes += [f"another base, allowed: {why}"] if why else []
+    left: list[str] = []
     if not strict:
-        state, left = _what_fits(model, state)
-        notes = [*notes, *left]
+        state, left = _what_fits(model, state, str(path))
         for fault in left:
             log.warning("%s: left out: %s", path, fault)
     insert(model, state, name=name)
-    return LoadReport(name, len(state.methods), state.parameters, base, tuple(notes))
+    change = sum(norm**2 for norm in norms(state).values() if norm is not None) ** 0.5
+    return LoadReport(
+        name, len(state.methods), state.parameters, answer, tuple(notes), stored.base_name, change, tuple(left)
+    )
 
 
-def _what_fits(model: nn.Module, state: AdapterState) -> tuple[AdapterState, list[str]]:
-    """The part of a state that fits the model, and the faults of the rest."""
-    faults = fit(model, state)
-    kept = [site for site in state.methods if site not in faults]
+def _base_answer(model: nn.Module, stored: directory.Stored) -> tuple[Answer, str | None]:
+    """The answer, and for a mismatch what tells the bases apart."""
+    there = dict(base_parameters(model))
+    for name, copy in stored.copies.items():
+        mine = there.get(name)
+        if mine is not None and not _equal(mine.detach().cpu(), copy):
+            apart = "its values" if mine.shape == copy.shape else f"shape, {_size(copy)} and {_size(mine)} here"
+            return "mismatch", f"the file carries a copy of the base's {name}, which differs in {apart}"
+    if stored.state.base is None:
+        return "unknown", None
+    here = identify(model)
+    difference = stored.state.base.difference(here)
+    if difference:
+        return "mismatch", difference
+    return ("match" if stored.state.base.comparable(here) else "unknown"), None
+
+
+def _equal(mine: Tensor, theirs: Tensor) -> bool:
+    """Equal after rounding both to the coarser dtype."""
+    if mine.shape != theirs.shape:
+        return False
+    if not (mine.is_floating_point() and theirs.is_floating_point()):
+        return torch.equal(mine, theirs.to(mine.dtype))
+    coarse = max(mine.dtype, theirs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.equal(mine.to(coarse), theirs.to(coarse))
+
+
+def _size(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape))
+
+
+def _what_fits(model: nn.Module, state: AdapterState, path: str) -> tuple[AdapterState, list[str]]:
+    """The part of a state that fits the model, and the faults of the rest. FileError where nothing fits."""
+    misfits = fit(model, state)
+    kept = [site for site in state.methods if site not in misfits]
+    left = [f"{site}: {fault}" for site, fault in misfits.items()]
+    if not kept:
+        raise faults(FileError, f"nothing of {path} fits this model", left)
     part = AdapterState(
         {site: state.methods[site] for site in kept}, {site: state.tensors[site] for site in kept},
         {site: state.specs[site] for site in kept}, state.base, state.meta,
     )  # fmt: skip
-    return part, [f"{site}: {fault}" for site, fault in faults.items()]
+    return part, left

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.errors import MergeError, UseError
+from deltaw.core.files import whole_folder
 from deltaw.core.merge import merge as merge_live
 from deltaw.core.route import use
 from deltaw.models.adapters import load
 from deltaw.models.base import DTYPES, load_base, require_transformers, resolve
-from deltaw.core.files import whole_folder
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest accepted logit difference, as a share of the largest logit; rounding of the weights makes most of it."""

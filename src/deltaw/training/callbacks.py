@@ -38,7 +38,9 @@ class Events(TrainerCallback):
     def __init__(self, run: RunDirectory):
         self.run = run
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
         if "eval_loss" in logs:
             self.run.log("eval", step=state.global_step, loss=logs["eval_loss"])
         elif "loss" in logs:
@@ -46,7 +48,9 @@ class Events(TrainerCallback):
             self.run.log("step", step=state.global_step, loss=logs["loss"], **facts, peak_memory=peak_memory())
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
         if not math.isfinite(loss):
-            raise TrainError(f"the loss is {loss} at step {state.global_step}: lower train.learning_rate, or train in fp32")
+            raise TrainError(
+                f"the loss is {loss} at step {state.global_step}: lower train.learning_rate, or train in fp32"
+            )
 
 
 class GradientCheck(TrainerCallback):
@@ -59,7 +63,10 @@ class GradientCheck(TrainerCallback):
         if state.global_step == 0:
             dead = check_gradients(model, self.name)
             if dead:
-                self.run.log("warning", text=f"no gradient reaches {len(dead)} adapters, they will not train: {', '.join(dead[:8])}")
+                self.run.log(
+                    "warning",
+                    text=f"no gradient reaches {len(dead)} adapters, they will not train: {', '.join(dead[:8])}",
+                )
 
 
 def check_gradients(model: nn.Module, name: str) -> list[str]:
@@ -116,7 +123,15 @@ class ProgressBar(TrainerCallback):
         self.began = self.last = time.monotonic()
         self.first = state.global_step
         if self.console.is_terminal:
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.description}"))
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
             self.bar = Progress(*columns, console=self.console)
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
             self.bar.start()
@@ -130,7 +145,9 @@ class ProgressBar(TrainerCallback):
             left = (now - self.began) / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
             self.console.print(f"step {state.global_step}/{state.max_steps}  {self.text}  ETA {left:.0f} s")
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
         if "loss" in logs:
             self.text = f"loss {logs['loss']:.3f}"
         elif "eval_loss" in logs:

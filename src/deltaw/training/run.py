@@ -1,7 +1,7 @@
 """train(config): rows → label masks → base → adapter → steps → run directory. Faults in rows stop before the base loads.
 
-    run = deltaw.train({"model": "tiny", "data": {"train": "rows.jsonl"}, "output": "runs/first"})
-    run.adapter, run.losses["held_out"]
+run = deltaw.train({"model": "tiny", "data": {"train": "rows.jsonl"}, "output": "runs/first"})
+run.adapter, run.losses["held_out"]
 """
 
 import dataclasses
@@ -55,9 +55,9 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = Fals
         config = schema.read(config)
     elif not isinstance(config, Config):
         config = schema.parse(config)
-    rows, held_out = _read(config)
     run = RunDirectory(config.output)
-    run.create(config.to_dict(), deltaw.__version__)
+    run.must_be_free()
+    rows, held_out = _read(config)
     return _train(config, run, rows, held_out, quiet, resume=False)
 
 
@@ -85,7 +85,11 @@ def _train(config: Config, run: RunDirectory, rows: Rows, held_out: Rows | None,
     steps, every = _steps(config, len(encoded))
     set_seed(config.train.seed)
     chosen = config.adapter
-    plan = attach(base.model, chosen.method, targets=chosen.targets, exclude=chosen.exclude, layers=chosen.layers, name=NAME)
+    plan = attach(
+        base.model, chosen.method, targets=chosen.targets, exclude=chosen.exclude, layers=chosen.layers, name=NAME
+    )
+    if not resume:  # not before: what cannot be attached leaves no run behind
+        run.create(config.to_dict(), deltaw.__version__)
     run.write_plan(
         {
             "base": base.name,
@@ -100,7 +104,10 @@ def _train(config: Config, run: RunDirectory, rows: Rows, held_out: Rows | None,
         }
     )
     progress, stop = ProgressBar(quiet), CleanStop()
-    progress.console.print(f"[bold]{base.name}[/]  {len(plan)} adapters, {plan.trainable:,} trainable of {plan.base_parameters:,}", highlight=False)
+    progress.console.print(
+        f"[bold]{base.name}[/]  {len(plan)} adapters, {plan.trainable:,} trainable of {plan.base_parameters:,}",
+        highlight=False,
+    )
     progress.console.print(str(report), highlight=False)
     base.model.train()
     trainer = AdapterTrainer(
@@ -121,13 +128,20 @@ def _train(config: Config, run: RunDirectory, rows: Rows, held_out: Rows | None,
         raise TrainError(f"interrupted at step {reached} of {steps}; continue with: deltaw train --resume {run.path}")
     base.model.eval()
     losses = {**before, **_losses(trainer, evaluated)}
-    facts = {"losses": losses, "steps": reached, "seconds": round(time.monotonic() - began, 1), "peak_memory": peak_memory()}
+    facts = {
+        "losses": losses,
+        "steps": reached,
+        "seconds": round(time.monotonic() - began, 1),
+        "peak_memory": peak_memory(),
+    }
     directory.write(_described(config, base, extract(base.model, NAME), facts), run.adapter)
     run.log("end", **facts)
     return Run(run.path, run.adapter, plan, reached, facts["seconds"], losses)
 
 
-def _encode(config: Config, base: Base, rows: Rows, held_out: Rows | None) -> tuple[list[Encoded], list[Encoded], DataReport]:
+def _encode(
+    config: Config, base: Base, rows: Rows, held_out: Rows | None
+) -> tuple[list[Encoded], list[Encoded], DataReport]:
     length = config.data.max_length or base.max_length
     encoded, report = encode_rows(rows, base.tokenizer, length, train_on_prompt=config.data.train_on_prompt)
     if held_out is None:

@@ -18,9 +18,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, get_schedu
 from deltaw.config.schema import TrainConfig
 from deltaw.core.attach import adapters, extract
 from deltaw.core.errors import TrainError
+from deltaw.core.files import whole_folder
 from deltaw.formats import directory
 from deltaw.infer.loss import SFTLoss, mean_loss
-from deltaw.core.files import whole_folder
 from deltaw.runs.directory import RunDirectory
 
 NAME = "default"  # of the adapter in training, inside the model
@@ -91,7 +91,9 @@ class AdapterTrainer(Trainer):
         state, _ = directory.read(Path(resume_from_checkpoint) / "adapter")
         there = adapters(self.model, NAME)
         if there.keys() != state.methods.keys():
-            raise TrainError(f"{resume_from_checkpoint} holds another adapter than this configuration builds: resume with the run's own config.yaml")
+            raise TrainError(
+                f"{resume_from_checkpoint} holds another adapter than this configuration builds: resume with the run's own config.yaml"
+            )
         for site, adapter in there.items():
             adapter.load_state_dict(dict(state.tensors[site]))
 

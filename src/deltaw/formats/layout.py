@@ -1,0 +1,17 @@
+"""What a state does not say about its base and a live model does: needed to write short, exact PEFT configs."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layout:
+    entries: Mapping[str, Collection[str]]
+    """Path of every module of the base → names of its own parameters and saved buffers."""
+    transposed: Collection[str] = ()
+    """Paths of linear layers that store Wᵀ (transformers' Conv1D)."""
+
+    def below(self, path: str) -> list[tuple[str, str]]:
+        """(path, name) of everything that the module at `path` and those inside it own."""
+        inside = [p for p in self.entries if p == path or p.startswith(path + ".")]
+        return [(p, name) for p in inside for name in self.entries[p]]

@@ -1,0 +1,51 @@
+"""The tensors of an adapter folder: safetensors, or a pickle where the user allows it (tensors only)."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deltaw.core.errors import FileError, faults
+
+WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+
+
+def read_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    """All tensors by their keys, on the CPU, finite. FileError says what is wrong with the file."""
+    if (folder / WEIGHTS).is_file():
+        file, tensors = folder / WEIGHTS, _safe(folder / WEIGHTS)
+    elif allow_pickle:
+        file, tensors = folder / PICKLED, _pickled(folder / PICKLED)
+    else:
+        raise FileError(
+            f"{folder} has only {PICKLED}, a pickle: read it with allow_pickle=True (--allow-pickle), tensors only"
+        )
+    found = [f"{key} holds NaN or infinite values" for key, t in tensors.items() if not torch.isfinite(t).all()]
+    if found:
+        raise faults(FileError, f"{file}", found)
+    return tensors
+
+
+def _safe(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            # clone: the tensors would stay mapped to the file, and crash the process when someone overwrites it
+            return {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118  not a mapping
+    except (SafetensorError, OSError) as error:
+        with open(file, "rb") as start:
+            pickled = start.read(2) in (b"PK", b"\x80\x02")
+        reason = "it is a pickle under another name" if pickled else f"corrupt or cut short ({error})"
+        raise FileError(f"{file} is not a safetensors file: {reason}; fetch it again") from None
+
+
+def _pickled(file: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a foreign pickle raises (KeyError, EOFError, …), it is one thing: unreadable
+        raise FileError(
+            f"{file} holds more than tensors, or is broken: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from None
+    if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in loaded.items()):
+        raise FileError(f"{file} is not a table of named tensors: it is no adapter's file")
+    return loaded

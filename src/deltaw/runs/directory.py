@@ -1,0 +1,103 @@
+"""A run directory: all that one training run leaves behind. Whoever shows or continues a run reads this and nothing else.
+
+config.yaml             the resolved configuration; `deltaw train config.yaml output=…` repeats the run
+plan.json               what was predicted before the first step
+events.jsonl            append-only: start, step, eval, checkpoint, warning, interrupted, resume, end
+checkpoints/step-N/     adapter, optimizer, schedule, RNG; each whole or not there
+adapter/                the finished adapter
+"""
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deltaw.core.errors import FileError, UseError
+from deltaw.core.files import write_text
+
+CONFIG, PLAN, EVENTS = "config.yaml", "plan.json", "events.jsonl"
+
+
+class RunDirectory:
+    """View of one run directory; makes nothing until `create`."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.adapter = self.path / "adapter"
+
+    def must_be_free(self) -> None:
+        """UseError where the folder cannot become a new run: nothing is ever written over."""
+        if (self.path / CONFIG).exists():
+            raise UseError(
+                f"{self.path} already holds a run: give another output, continue it with "
+                f"`deltaw train --resume {self.path}`, or delete it"
+            )
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UseError(f"{self.path} exists and is not an empty folder: give another output")
+
+    def create(self, config: Mapping[str, Any], version: str) -> None:
+        """Make the folder, with the configuration in it."""
+        self.must_be_free()
+        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / CONFIG, f"# deltaw {version}\n{text}")
+        except OSError as error:
+            raise FileError(f"the run cannot be written to {self.path}: {error.strerror or error}") from None
+
+    def config(self) -> Any:
+        """The configuration of the run, plain data."""
+        try:
+            return yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UseError(f"{self.path} holds no run: there is no {CONFIG} in it") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise FileError(f"{self.path / CONFIG} cannot be read: {' '.join(str(error).split())}") from None
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        write_text(self.path / PLAN, json.dumps(dict(plan), indent=2, ensure_ascii=False) + "\n")
+
+    def log(self, event: str, **facts: Any) -> None:
+        """Append one event, with the time in seconds since 1970."""
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}, ensure_ascii=False)
+        with (self.path / EVENTS).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def events(self, event: str | None = None) -> list[dict[str, Any]]:
+        """Events in order, all or those of one kind. A last line that a crash cut short is left out."""
+        try:
+            *lines, cut = (self.path / EVENTS).read_text(encoding="utf-8").split("\n")
+        except FileNotFoundError:
+            return []
+        read: list[dict[str, Any]] = []
+        for number, line in enumerate([*lines, *([cut] if cut.endswith("}") else [])], 1):
+            try:
+                read.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise FileError(f"{self.path / EVENTS} line {number} is not JSON: {error.msg}") from None
+        return [entry for entry in read if event is None or entry["event"] == event]
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step}"
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending. Checkpoints are renamed into place: what is there is whole."""
+        found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.path.glob("checkpoints/*"))
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def last_checkpoint(self) -> Path:
+        """The newest checkpoint; UseError where there is none."""
+        steps = self.steps()
+        if not steps:
+            raise UseError(f"{self.path} has no checkpoint to continue from: start the run anew with another output")
+        return self.checkpoint(steps[-1])
+
+    def rotate(self, keep: int) -> None:
+        """Delete all checkpoints but the newest `keep`."""
+        for step in self.steps()[:-keep]:
+            shutil.rmtree(self.checkpoint(step))
