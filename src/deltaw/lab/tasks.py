@@ -127,7 +127,7 @@ _COMMANDS = Task(
         ),
     },
     prompt="Please {manner} {action} the {look} {thing} from the {source} to the {target} for {person}.",
-    answer="{action}(thing = {thing}, look = {look}, source = {source}, target = {target}, person = {person}, manner = {manner})",
+    answer="{action}(thing: {thing}, look: {look}, source: {source}, target: {target}, person: {person}, manner: {manner})",
     form="messages",
 )  # fmt: skip
 

@@ -85,8 +85,8 @@ def load_base(name: str, *, dtype: str = "auto", device: torch.device | None = N
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=pick_dtype(dtype))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be loaded
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise FileError(f"the base {name!r} cannot be loaded: {reason}") from error
     if name == "tiny":
         model.config._name_or_path = "tiny"  # what its adapters name as their base, on every machine
