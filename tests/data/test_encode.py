@@ -124,4 +124,7 @@ def test_a_batch_is_padded_and_padding_gives_no_loss(tokenizer: Any) -> None:
 def test_real_alpaca_rows(shared: Path, tokenizer: Any) -> None:
     rows = read_rows(shared / "data/llamafactory_demo/alpaca_en_demo.json")
     encoded, report = encode_rows(rows, tokenizer, 512)
-    assert report.kept == len(encoded) == len(rows) - sum(report.dropped.values()) > 800 and 0 < report.supervised_tokens < report.total_tokens
+    assert (
+        report.kept == len(encoded) == len(rows) - sum(report.dropped.values()) > 800
+        and 0 < report.supervised_tokens < report.total_tokens
+    )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deltaw.cli.main import Json, app, show
+from deltaw.cli.app import Json, app, show
 
 
 @app.command()

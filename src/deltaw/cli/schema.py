@@ -2,7 +2,7 @@
 
 import json
 
-from deltaw.cli.main import app
+from deltaw.cli.app import app
 
 
 @app.command()

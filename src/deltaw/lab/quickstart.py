@@ -29,6 +29,7 @@ from deltaw.training.callbacks import peak_memory
 from deltaw.training.run import train
 
 STEPS, BATCH, RATE = 120, 16, 3e-3
+MIXES = ((1.0, 0.3), (0.7, 0.7), (0.3, 1.0))
 
 Say = Callable[[str], None]
 
@@ -144,26 +145,31 @@ def _switch(model: nn.Module, names: list[str]) -> float:
 
 
 def _mix(base: Base, done: list[Trained], say: Say) -> dict[str, Any]:
-    """Both adapters live at once, and the same mix as one adapter; how well each task survives it."""
-    weights = {each.task.name: 1.0 for each in done}
-    ids = probe(base.model)
-    with use(base.model, weights):
-        live = logits(base.model, ids)
+    """Both adapters live at once, at several weights: how well each task survives; and the last mix as one adapter."""
+    say("\nBoth live at once, W' = W + w₁·ΔW₁ + w₂·ΔW₂; exact match and loss on 40 rows of each task:")
+    table = []
+    for weights in MIXES:
+        route = {each.task.name: weight for each, weight in zip(done, weights, strict=True)}
         kept = {}
-        for each in done:
-            some = Rows(each.rows.form, each.rows.rows[:40], each.rows.source)
-            found = evaluate(base.model, base.tokenizer, some, max_length=base.max_length, batch_size=64)
-            kept[each.task.name] = found.scores["exact_match"]
-    from_files = exact([extract(base.model, name) for name in weights], list(weights.values()))
-    insert(base.model, from_files, name="both")
+        with use(base.model, route):
+            for each in done:
+                some = Rows(each.rows.form, each.rows.rows[:40], each.rows.source)
+                found = evaluate(base.model, base.tokenizer, some, max_length=base.max_length, batch_size=64)
+                kept[each.task.name] = {"exact_match": found.scores["exact_match"], "loss": found.loss}
+        table.append({"weights": route, **kept})
+        mixed = " + ".join(f"{weight:g}·{name}" for name, weight in route.items())
+        scores = "   ".join(f"{name} {k['exact_match']:4.0%} (loss {k['loss']:.2f})" for name, k in kept.items())
+        say(f"  {mixed:32}{scores}")
+    ids = probe(base.model)
+    with use(base.model, route):
+        live = logits(base.model, ids)
+    insert(base.model, exact([extract(base.model, name) for name in route], list(route.values())), name="both")
     difference = float((logits(base.model, ids) - live).abs().max())
     detach(base.model, "both")
     use(base.model, {})
-    shown = ", ".join(f"{name} {value:.0%}" for name, value in kept.items())
-    say(f"Both live at strength 1, W' = W + ΔW₁ + ΔW₂, exact match on 40 rows each: {shown}.")
-    say(f"The same mix as one adapter of twice the rank: largest logit difference {difference:.1e}.")
+    say(f"The last mix as one adapter of twice the rank: largest logit difference {difference:.1e}.")
     say("The sum is exact; whether two tasks survive it is a property of the tasks, which is why it is measured.")
-    return {"exact_match": kept, "max_logit_difference": difference}
+    return {"mixes": table, "max_logit_difference": difference}
 
 
 def _merge(each: Trained, folder: Path, say: Say) -> dict[str, Any]:

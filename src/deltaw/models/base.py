@@ -38,7 +38,8 @@ def resolve(name: str) -> str:
         if (folder / "adapter_config.json").is_file():
             raise UseError(
                 f"{name!r} is an adapter, not a base: it holds only its own factors. It was trained on "
-                f"{base_of_adapter(folder)!r}; load that, then put the adapter on it with deltaw.load or --adapter {name}"
+                f"{named_base(folder) or 'a base it does not name'!r}; load that, then put the adapter on it with "
+                f"deltaw.load or --adapter {name}"
             )
         inside = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
         raise FileError(f"{name!r} is not a model folder: no config.json in it (it holds {inside})")
@@ -50,20 +51,36 @@ def resolve(name: str) -> str:
     return name
 
 
-def base_of_adapter(folder: Path) -> str:
-    """The base that an adapter folder names: from deltaw.json, else from PEFT's config."""
+def named_base(folder: Path) -> str | None:
+    """The base that an adapter folder names: in deltaw.json, else in PEFT's config."""
     for file, keys in (("deltaw.json", ("base", "name")), ("adapter_config.json", ("base_model_name_or_path",))):
         if (folder / file).is_file():
-            value: Any = json.loads((folder / file).read_text(encoding="utf-8"))
+            try:
+                value: Any = json.loads((folder / file).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise FileError(f"{folder / file} is not JSON: {error}") from None
             for key in keys:
                 value = value.get(key) if isinstance(value, dict) else None
             if value:
                 return str(value)
-    return "a base it does not name"
+    return None
+
+
+def base_of_adapter(folder: Path) -> str:
+    """The base to load for an adapter folder. FileError where the folder is missing, UseError where it names none."""
+    if not folder.is_dir():
+        near = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise FileError(f"no adapter folder {str(folder)!r}{did_you_mean(folder.name, near)}")
+    name = named_base(folder)
+    if name is None:
+        raise UseError(f"{folder} does not name the base it was trained on: give it with --model")
+    return name
 
 
 def pick_dtype(dtype: str) -> torch.dtype:
-    """auto: bf16 on an accelerator that computes in it, else fp32."""
+    """auto: bf16 on an accelerator that computes in it, else fp32. UseError for a name that is not known."""
+    if dtype not in ("auto", *DTYPES):
+        raise UseError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
     if dtype != "auto":
         return DTYPES[dtype]
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
@@ -80,11 +97,11 @@ def load_base(name: str, *, dtype: str = "auto", device: torch.device | None = N
 
     Raises FileError when the base is not there or cannot be read, UseError when transformers is not installed.
     """
-    source = resolve(name)
+    wanted, source = pick_dtype(dtype), resolve(name)
     transformers = require_transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=pick_dtype(dtype))
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
     except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be loaded
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise FileError(f"the base {name!r} cannot be loaded: {reason}") from error

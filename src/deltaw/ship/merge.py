@@ -17,7 +17,7 @@ from deltaw.core.files import whole_folder
 from deltaw.core.merge import merge as merge_live
 from deltaw.core.route import use
 from deltaw.models.adapters import load
-from deltaw.models.base import DTYPES, load_base, require_transformers, resolve
+from deltaw.models.base import load_base, pick_dtype, require_transformers, resolve
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest accepted logit difference, as a share of the largest logit; rounding of the weights makes most of it."""
@@ -37,8 +37,9 @@ class Shipped:
 
 
 def merge_to_folder(
-    model: str, adapter: str | Path, output: str | Path, *, dtype: str = "auto", allow_base_mismatch: bool = False
-) -> Shipped:
+    model: str, adapter: str | Path, output: str | Path, *, dtype: str = "auto",
+    allow_base_mismatch: bool = False, allow_pickle: bool = False,
+) -> Shipped:  # fmt: skip
     """Merge the adapter folder into the base and write `output` in `dtype`: fp32, bf16, or auto = the base's own files.
 
     Arithmetic is fp32 with one rounding at the end. Raises MergeError when the result does not compute what the
@@ -47,9 +48,9 @@ def merge_to_folder(
     target = Path(output)
     if target.exists() and any(target.iterdir()):
         raise UseError(f"{output} exists and is not empty: give another output folder")
-    base = load_base(model, dtype="fp32", device=torch.device("cpu"))
     written = _dtype(model, dtype)
-    load(base.model, adapter, name="merged", allow_base_mismatch=allow_base_mismatch)
+    base = load_base(model, dtype="fp32", device=torch.device("cpu"))
+    load(base.model, adapter, name="merged", allow_base_mismatch=allow_base_mismatch, allow_pickle=allow_pickle)
     ids = probe(base.model)
     tuned = logits(base.model, ids)
     with use(base.model, {}):
@@ -85,6 +86,6 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 def _dtype(model: str, dtype: str) -> torch.dtype:
     """The dtype to write: as asked, or that of the base's own files."""
     if dtype != "auto":
-        return DTYPES[dtype]
+        return pick_dtype(dtype)
     own = require_transformers().AutoConfig.from_pretrained(resolve(model)).dtype
     return own if own in TOLERANCE else torch.float32

@@ -24,6 +24,7 @@ from deltaw.core.targets import TargetPlan
 from deltaw.data.collate import Collator
 from deltaw.data.dataset import DataReport, encode_rows, split
 from deltaw.data.encode import Encoded
+from deltaw.data.preview import preview
 from deltaw.data.rows import Rows, read_rows
 from deltaw.formats import directory
 from deltaw.models.base import Base, load_base
@@ -109,6 +110,7 @@ def _train(config: Config, run: RunDirectory, rows: Rows, held_out: Rows | None,
         highlight=False,
     )
     progress.console.print(str(report), highlight=False)
+    progress.console.print(_shown(preview(encoded[0], base.tokenizer)), highlight=False, markup=False)
     base.model.train()
     trainer = AdapterTrainer(
         base.model, run, config.train, steps, every, encoded, evaluated, Collator(base.tokenizer),
@@ -147,6 +149,12 @@ def _encode(
     if held_out is None:
         return encoded, [], report
     return encoded, encode_rows(held_out, base.tokenizer, length)[0], report
+
+
+def _shown(row: str, most: int = 600) -> str:
+    """The first row as the model sees it: a wrong template or mask is seen here before it is paid for."""
+    cut = row if len(row) <= most else f"{row[: most // 2]} … {row[-most // 2 :]}"
+    return "first row, learnt between ⟦ and ⟧:\n" + "\n".join(f"  {line}" for line in cut.rstrip("\n").split("\n"))
 
 
 def _steps(config: Config, rows: int) -> tuple[int, int]:

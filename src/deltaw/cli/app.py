@@ -1,0 +1,26 @@
+"""What every verb shares: the application, the option --json, and how results are printed.
+
+Results go to stdout, progress and errors to stderr; --json prints one object on stdout.
+"""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="deltaw",
+    help="LoRA adapters through their whole life: train, evaluate, switch, mix, merge, inspect.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Add --traceback to any verb to see where an error came from.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object on stdout.")]
+
+
+def show(record: dict[str, Any], as_json: bool, text: str) -> None:
+    """Print a result: the record as JSON, or the text for people."""
+    print(json.dumps(record, ensure_ascii=False, default=str) if as_json else text)

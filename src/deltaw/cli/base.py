@@ -1,0 +1,53 @@
+"""Options that name a base and its adapters, and loading them: shared by eval, generate and chat."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="The base: folder, hub id or `tiny`. Default: the one the adapter names.", show_default=False),
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="Adapter folder, or folder=strength; may be repeated.", show_default=False),
+]
+Mismatch = Annotated[
+    bool, typer.Option("--allow-base-mismatch", help="Put the adapter on a base it was not trained on.")
+]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read adapter_model.bin too (tensors only).")]
+Dtype = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
+
+
+def load_all(
+    model: str | None, adapters: list[str], dtype: str, mismatch: bool, pickle: bool
+) -> tuple[Any, dict[str, float]]:
+    """The base with every adapter loaded, none of them live yet, and the route that makes them live."""
+    from deltaw.core.errors import UseError
+    from deltaw.core.route import use
+    from deltaw.models.adapters import load
+    from deltaw.models.base import base_of_adapter, load_base
+
+    folders = [with_strength(text) for text in adapters]
+    if model is None and not folders:
+        raise UseError("give a base with --model, or an adapter with --adapter that names one")
+    base = load_base(model or base_of_adapter(Path(folders[0][0])), dtype=dtype)
+    route = {}
+    for number, (folder, strength) in enumerate(folders):
+        load(base.model, folder, name=f"adapter{number}", allow_base_mismatch=mismatch, allow_pickle=pickle)
+        route[f"adapter{number}"] = strength
+    use(base.model, {})
+    return base, route
+
+
+def with_strength(text: str) -> tuple[str, float]:
+    from deltaw.core.errors import UseError
+
+    folder, equals, strength = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        return folder, float(strength)
+    except ValueError:
+        raise UseError(f"--adapter {text!r}: {strength!r} is not a strength: write folder=0.5") from None

@@ -1,0 +1,46 @@
+"""deltaw eval: held-out numbers of a base, with and without adapters on it."""
+
+from typing import Annotated, Any
+
+import typer
+
+from deltaw.cli.app import Json, app, show
+from deltaw.cli.base import Adapters, Dtype, Mismatch, Model, Pickle, load_all
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[str, typer.Option(help="Held-out rows: .jsonl, .json or a folder.")],
+    model: Model = None,
+    adapter: Adapters = None,
+    generations: Annotated[
+        int | None,
+        typer.Option(help="Rows to generate answers for (exact match); default all, 0 none.", show_default=False),
+    ] = None,
+    allow_base_mismatch: Mismatch = False,
+    allow_pickle: Pickle = False,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Held-out loss, perplexity and exact match: the base and the tuned model side by side."""
+    from deltaw.data.rows import read_rows
+
+    rows = read_rows(data)
+    from deltaw.core.route import use
+    from deltaw.infer import evaluate as infer
+
+    base, route = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle)
+    result: dict[str, Any] = {"model": base.name, "rows": len(rows.rows)}
+    for name, live in {"base": {}, "tuned": route}.items():
+        if name == "base" or route:
+            with use(base.model, live):
+                found = infer.evaluate(
+                    base.model, base.tokenizer, rows, max_length=base.max_length, generations=generations
+                )
+            result[name] = found.to_dict()
+    columns = [name for name in ("base", "tuned") if name in result]
+    lines = [f"{'':12}" + "".join(f"{name:>12}" for name in columns)]
+    for key in ("loss", "perplexity", "exact_match"):
+        if key in result["base"]:
+            lines.append(f"{key:12}" + "".join(f"{result[name][key]:12.4f}" for name in columns))
+    show(result, as_json, "\n".join(lines))

@@ -1,0 +1,48 @@
+"""deltaw generate: answers of a base with its adapters."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from deltaw.cli.app import Json, app, show
+from deltaw.cli.base import Adapters, Dtype, Mismatch, Model, Pickle, load_all
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; without any, lines from stdin.", show_default=False)
+    ] = None,
+    model: Model = None,
+    adapter: Adapters = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus for sampling.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeat.", show_default=False)] = None,
+    allow_base_mismatch: Mismatch = False,
+    allow_pickle: Pickle = False,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer prompts with the base and its adapters."""
+    from deltaw.core.errors import UseError
+
+    prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise UseError("no prompt: give one as an argument or on stdin")
+    from deltaw.core.route import use
+    from deltaw.infer.generate import generate as answer
+
+    base, route = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle)
+    with use(base.model, route):
+        answers = answer(
+            base.model,
+            base.tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+    show({"model": base.name, "answers": answers}, as_json, "\n".join(answers))

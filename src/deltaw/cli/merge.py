@@ -1,0 +1,36 @@
+"""deltaw merge: an adapter into its base, written as a plain Transformers folder and checked."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deltaw.cli.app import Json, app, show
+from deltaw.cli.base import Mismatch, Model, Pickle
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    output: Annotated[Path, typer.Option(help="Folder of the merged model.")],
+    model: Model = None,
+    dtype: Annotated[str, typer.Option(help="Dtype to write: auto (that of the base's files), fp32 or bf16.")] = "auto",
+    allow_base_mismatch: Mismatch = False,
+    allow_pickle: Pickle = False,
+    as_json: Json = False,
+) -> None:
+    """Write a plain Transformers model with the adapter in its weights, reload it and check its logits."""
+    import dataclasses
+
+    from deltaw.models.base import base_of_adapter
+    from deltaw.ship.merge import merge_to_folder
+
+    done = merge_to_folder(
+        model or base_of_adapter(adapter), adapter, output, dtype=dtype,
+        allow_base_mismatch=allow_base_mismatch, allow_pickle=allow_pickle,
+    )  # fmt: skip
+    text = (
+        f"{done.path}: {done.weights} weights merged, written in {done.dtype}, read back and checked\n"
+        f"largest logit difference to the adapter {done.max_logit_difference:.3g}, effect of the adapter {done.effect:.3g}"
+    )
+    show(dataclasses.asdict(done), as_json, text)
