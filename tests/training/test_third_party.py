@@ -36,4 +36,4 @@ def test_stories_learns_restaurants_from_the_command_line(shared: Path, tmp_path
     base = deltaw.load_base(str(shared / "models/stories260K"), dtype="fp32")
     assert deltaw.load(base.model, tmp_path / "run/adapter").base == "match"
     manifest = json.loads((tmp_path / "run/adapter/deltaw.json").read_text())
-    assert str(shared) not in json.dumps(manifest["base"])  # a folder of this machine means nothing elsewhere
+    assert manifest["base"]["name"] == str(shared / "models/stories260K")  # as written: how eval and chat find it
