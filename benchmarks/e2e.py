@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deltaw import LoRA, attach, save, use
 from deltaw.data.collate import Collator
 from deltaw.data.dataset import encode_rows
+from deltaw.data.encode import Policy
 from deltaw.data.rows import read_rows
 from deltaw.infer.generate import generate
 from deltaw.infer.loss import SFTLoss, mean_loss
@@ -79,12 +80,12 @@ def main(arguments: list[str]) -> None:
     held_out = as_rows(test[::10], args.work / "held_out.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(base)
     collate = Collator(tokenizer)
-    rows, report = encode_rows(train, tokenizer, 512)
+    rows, report = encode_rows(train, tokenizer, Policy(512))
     print(report)
     order, steps = random.Random(0), args.steps
     batches = [collate(order.sample(rows, 16)) for _ in range(steps)]
     evaluated = [
-        collate(encode_rows(held_out, tokenizer, 512)[0][i : i + 32]) for i in range(0, len(held_out.rows), 32)
+        collate(encode_rows(held_out, tokenizer, Policy(512))[0][i : i + 32]) for i in range(0, len(held_out.rows), 32)
     ]
 
     ours = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

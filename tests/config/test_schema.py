@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.config import describe, schema
+from deltaw.config import describe, parse, schema
 from deltaw.core.errors import ConfigError
 
 MINIMAL = {"model": "tiny", "data": {"train": "rows.jsonl"}}
@@ -27,9 +27,9 @@ def test_round_trip_with_everything_set() -> None:
         "train": {"learning_rate": "1e-3", "epochs": 2, "eval_every": 10},
         "output": "runs/x",
     }
-    config = schema.parse(record)
+    config = parse.parse(record)
     assert config.train.learning_rate == 1e-3 and config.adapter.method.rank == 8  # type: ignore[attr-defined]
-    assert schema.parse(json.loads(json.dumps(config.to_dict()))) == config
+    assert parse.parse(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize(
@@ -50,42 +50,47 @@ def test_round_trip_with_everything_set() -> None:
         ({"data": {}}, ["data.train is missing"]),
         ({"data": {"train": "x", "eval": 1.5}}, ["data.eval=1.5"]),
         ({"data": {"train": "x", "max_length": 1}}, ["data.max_length=1"]),
+        ({"data": {"train": "x", "pattern": "("}}, ["data.pattern='('", "not a regular expression"]),
+        ({"data": {"train": "x", "pattern": "a"}}, ["data.pattern='a'", "no named groups"]),
+        ({"data": {"train": [{"path": "x", "wieght": 2}]}}, ["data.train[0].wieght", "did you mean 'weight'"]),
+        ({"data": {"train": {"path": "x", "weight": 0}}}, ["data.train.weight=0.0", "above 0"]),
+        ({"data": {"train": "x", "turns": "first"}}, ["data.turns='first'", "'last'"]),
     ],
 )
 def test_fault_names_what_was_given_and_the_fix(change: dict, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        schema.parse({**MINIMAL, **change})
+        parse.parse({**MINIMAL, **change})
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert caught.value.code == 2
 
 
 def test_all_faults_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        schema.parse({**MINIMAL, "adapter": {"rank": 0, "dropout": 2}, "train": {"lr": 1}, "outputs": "x"})
+        parse.parse({**MINIMAL, "adapter": {"rank": 0, "dropout": 2}, "train": {"lr": 1}, "outputs": "x"})
     assert len(caught.value.faults) == 4
 
 
 @pytest.mark.parametrize("record", [None, [], "tiny", {"model": "tiny"}])
 def test_not_a_configuration(record: object) -> None:
     with pytest.raises(ConfigError):
-        schema.parse(record)
+        parse.parse(record)
 
 
 def test_overrides(tmp_path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("model: tiny\ndata: {train: rows.jsonl}\ntrain: {epochs: 3}\n")
-    config = schema.read(file, ["train.learning_rate=5e-4", "adapter.rank=4", "output=runs/y"])
+    config = parse.read(file, ["train.learning_rate=5e-4", "adapter.rank=4", "output=runs/y"])
     assert (config.train.epochs, config.train.learning_rate, config.adapter.method.rank) == (3, 5e-4, 4)  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="not an override"):
-        schema.read(file, ["epochs"])
+        parse.read(file, ["epochs"])
 
 
 def test_unreadable_files(tmp_path) -> None:
     (tmp_path / "config.yaml").write_text("model: [")
     with pytest.raises(ConfigError, match="not valid YAML"):
-        schema.read(tmp_path / "config.yaml")
+        parse.read(tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match=r"did you mean 'config.yaml'"):
-        schema.read(tmp_path / "confg.yaml")
+        parse.read(tmp_path / "confg.yaml")
 
 
 def test_json_schema_lists_every_field_with_a_sentence() -> None:
@@ -107,7 +112,10 @@ def test_option_list_is_frozen() -> None:
         "objective", "epochs", "max_steps", "learning_rate", "batch_size", "gradient_accumulation", "schedule", "warmup",
         "weight_decay", "clip", "seed", "dtype", "eval_every", "save_every", "log_every", "keep",
     ]  # fmt: skip
-    assert [f.name for f in dataclasses.fields(schema.DataConfig)] == ["train", "eval", "max_length", "train_on_prompt"]
+    assert [f.name for f in dataclasses.fields(schema.DataConfig)] == [
+        "train", "eval", "columns", "pattern", "template", "max_length", "overflow", "train_on_prompt", "turns", "pairs",
+        "packing",
+    ]  # fmt: skip
 
 
 def test_the_documented_table_is_the_schema() -> None:

@@ -8,11 +8,11 @@ from transformers import AutoTokenizer
 
 from deltaw.core.errors import DataError
 from deltaw.data.collate import Collator
+from deltaw.data.conversation import Example, Message
 from deltaw.data.dataset import encode_rows, split
-from deltaw.data.encode import IGNORE, Dropped, Encoded, encode, prompt_ids, stop_token_trained
-from deltaw.data.forms import Message
+from deltaw.data.encode import IGNORE, Dropped, Policy, encode, prompt_ids, stop_token_trained
 from deltaw.data.preview import preview
-from deltaw.data.rows import Example, Rows, read_rows
+from deltaw.data.rows import Rows, read_rows
 from deltaw.models.base import TINY
 
 USER, ANSWER = Message("user", "Where is the river?"), Message("assistant", "Beyond the hill.")
@@ -31,8 +31,7 @@ def row(number: int) -> Example:
 
 
 def test_supervised_are_the_answers_and_their_stop_tokens(tokenizer: Any) -> None:
-    encoded = encode(TALK, tokenizer, 512)
-    assert isinstance(encoded, Encoded)
+    [encoded] = encode(TALK, tokenizer, Policy(512))
     assert preview(encoded, tokenizer) == (
         "<|system|>\nBe kind.<|end|>\n<|user|>\nWhere is the river?<|end|>\n<|assistant|>\n⟦Beyond the hill.<|end|>⟧\n"
         "<|user|>\nAnd then?<|end|>\n<|assistant|>\n⟦The sea.<|end|>⟧\n"
@@ -41,29 +40,28 @@ def test_supervised_are_the_answers_and_their_stop_tokens(tokenizer: Any) -> Non
 
 
 def test_training_begins_the_answer_where_generation_does(tokenizer: Any) -> None:
-    encoded = encode(Example((USER, ANSWER), 1), tokenizer, 512)
-    assert isinstance(encoded, Encoded)
+    [encoded] = encode(Example((USER, ANSWER), 1), tokenizer, Policy(512))
     first = next(i for i, label in enumerate(encoded.labels) if label != IGNORE)
     assert encoded.ids[:first] == prompt_ids((USER,), tokenizer)
 
 
 def test_train_on_prompt_supervises_everything(tokenizer: Any) -> None:
-    encoded = encode(TALK, tokenizer, 512, train_on_prompt=True)
-    assert isinstance(encoded, Encoded) and encoded.labels == encoded.ids and encoded.supervised == len(encoded.ids) - 1
+    [encoded] = encode(TALK, tokenizer, Policy(512, train_on_prompt=True))
+    assert encoded.labels == encoded.ids and encoded.supervised == len(encoded.ids) - 1
 
 
 def test_a_long_row_is_dropped_whole(tokenizer: Any) -> None:
-    found = encode(TALK, tokenizer, 8)
+    found = encode(TALK, tokenizer, Policy(8))
     assert isinstance(found, Dropped) and found.reason == "longer than 8 tokens" and found.length > 8
 
 
 def test_without_a_template_a_pair_is_text_and_a_stop_token(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     pair = Example((Message("user", "2 + 2 ="), Message("assistant", " 4")), 1, "row 1", completion=True)
-    encoded = encode(pair, tokenizer, 512)
-    assert isinstance(encoded, Encoded) and preview(encoded, tokenizer) == "2 + 2 =⟦ 4<|end|>⟧"
+    [encoded] = encode(pair, tokenizer, Policy(512))
+    assert preview(encoded, tokenizer) == "2 + 2 =⟦ 4<|end|>⟧"
     with pytest.raises(DataError, match="the base has no chat template"):
-        encode(TALK, tokenizer, 512)
+        encode(TALK, tokenizer, Policy(512))
 
 
 @pytest.mark.parametrize(
@@ -77,25 +75,25 @@ def test_without_a_template_a_pair_is_text_and_a_stop_token(tokenizer: Any) -> N
 def test_templates_that_cannot_be_trained(tokenizer: Any, template: str, words: str) -> None:
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=words):
-        encode(Example((USER, ANSWER, USER, ANSWER), 1, "row 1"), tokenizer, 512)
+        encode(Example((USER, ANSWER, USER, ANSWER), 1, "row 1"), tokenizer, Policy(512))
 
 
 def test_the_stop_token_is_seen_to_be_trained(tokenizer: Any) -> None:
     assert stop_token_trained(tokenizer) == tokenizer.eos_token_id
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     with pytest.raises(DataError, match="never learn to stop"):
-        encode_rows(Rows("messages", [row(1)], "rows"), tokenizer, 64)
+        encode_rows(Rows("messages", [row(1)], "rows"), tokenizer, Policy(64))
 
 
 def test_the_report_accounts_for_every_row(tokenizer: Any) -> None:
     rows = [row(n) for n in range(20)] + [Example((USER, Message("assistant", "word " * 300)), 21, "row 21")]
-    encoded, report = encode_rows(Rows("messages", rows, "rows"), tokenizer, 64)
+    encoded, report = encode_rows(Rows("messages", rows, "rows"), tokenizer, Policy(64))
     assert (report.rows, report.kept, report.dropped) == (21, 20, {"longer than 64 tokens": 1})
     assert report.total_tokens == sum(len(e.ids) for e in encoded) and report.longest > 300
     assert report.supervised_tokens == sum(e.supervised for e in encoded)
     assert "dropped 1 (longer than 64 tokens: 1)" in str(report)
     with pytest.raises(DataError, match="no row is left to learn from, of 21"):
-        encode_rows(Rows("messages", rows, "rows"), tokenizer, 4)
+        encode_rows(Rows("messages", rows, "rows"), tokenizer, Policy(4))
 
 
 def test_the_split_stays_when_rows_are_added() -> None:
@@ -112,7 +110,7 @@ def test_the_split_stays_when_rows_are_added() -> None:
 
 
 def test_a_batch_is_padded_and_padding_gives_no_loss(tokenizer: Any) -> None:
-    short, long = encode(row(1), tokenizer, 512), encode(TALK, tokenizer, 512)
+    [short], [long] = encode(row(1), tokenizer, Policy(512)), encode(TALK, tokenizer, Policy(512))
     batch = Collator(tokenizer, pad_to_multiple_of=8)([short, long])
     width = batch["input_ids"].shape[1]
     assert width % 8 == 0 and width - len(long.ids) < 8
@@ -123,7 +121,7 @@ def test_a_batch_is_padded_and_padding_gives_no_loss(tokenizer: Any) -> None:
 @pytest.mark.shared
 def test_real_alpaca_rows(shared: Path, tokenizer: Any) -> None:
     rows = read_rows(shared / "data/llamafactory_demo/alpaca_en_demo.json")
-    encoded, report = encode_rows(rows, tokenizer, 512)
+    encoded, report = encode_rows(rows, tokenizer, Policy(512))
     assert (
         report.kept == len(encoded) == len(rows) - sum(report.dropped.values()) > 800
         and 0 < report.supervised_tokens < report.total_tokens

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deltaw.core.errors import DataError
-from deltaw.data.forms import Message
+from deltaw.data.conversation import Message
 from deltaw.data.rows import read_rows
 
 PAIR = {"prompt": "2 + 2?", "completion": "4"}
@@ -70,13 +70,11 @@ def test_json_files(tmp_path: Path, text: str) -> None:
         ("[1, 2]", "line 2 is a list, not an object"),
         ({"prompt": "a", "completions": "b"}, "the field `completion` is missing"),
         ({"question": "a", "answer": "b"}, "no known form: it has question, answer"),
-        ({"text": "a"}, "raw `text` has no answer to supervise"),
-        ({"conversations": []}, "ShareGPT"),
+        ({**PAIR, "images": ["a.png"]}, "`images` cannot be read yet"),
+        ({"prompt": "a", "chosen": "b"}, "`rejected` of a preference pair is missing"),
         ({**PAIR, "instruction": "a", "output": "b"}, "at once"),
         ({"prompt": 1, "completion": "b"}, "`prompt` is 1: must be text"),
         ({"prompt": "a", "completion": "  "}, "is empty: remove the row"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pair"),
-        ({"prompt": "a", "completion": "b", "label": False}, "learn bad answers"),
         ({"prompt": "a", "completion": "\\ud83d"}, None),  # an escaped backslash is text like any other
         ('{"prompt": "a", "completion": "\\ud83d"}', "half of a character"),
         (TALK, "but rows.jsonl line 1 is prompt-completion"),
@@ -105,6 +103,21 @@ def test_a_bad_conversation_is_named(tmp_path: Path, turns: list[Any], words: st
     assert words in fault(tmp_path, {"messages": turns})
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"conversations": []}, "`conversations` is []: must be a list of turns"),
+        ({"text": " "}, "`text` is ' ': must be text, and not empty"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "`chosen` and `rejected` are the same"),
+        ({"messages": TALK["messages"][:-1], "chosen": "b", "rejected": ""}, "with `rejected`: message 5"),
+        ({**TALK, "tools": "[{"}, "`tools` is not JSON"),
+        ({**TALK, "tools": [{"type": "function"}]}, "which has no name"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_of_other_forms_is_named(tmp_path: Path, row: Any, words: str) -> None:
+    assert words in fault(tmp_path, row)
+
+
 def test_all_faults_come_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_rows(written(tmp_path, PAIR, "{", {"prompt": "a"}, PAIR, {"prompt": 1, "completion": 2}))
@@ -120,13 +133,13 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     for given, words in {
         "trian.jsonl": "did you mean 'train.jsonl'",
         "nowhere/x.jsonl": "there is no folder",
-        "empty": "has no .jsonl or .json file in it (it holds nothing)",
+        "empty": "has no file of rows in it (it holds nothing)",
         "blank.jsonl": "is empty: no row in it",
         "latin.jsonl": "line 2 is not UTF-8",
     }.items():
         with pytest.raises(DataError) as caught:
             read_rows(tmp_path / given)
         assert words in str(caught.value)
-    (tmp_path / "rows.txt").write_text("x")
-    with pytest.raises(DataError, match=r"is not \.jsonl or \.json"):
-        read_rows(tmp_path / "rows.txt")
+    (tmp_path / "rows.docx").write_text("x")
+    with pytest.raises(DataError, match=r"is none of \.jsonl, \.json, \.csv"):
+        read_rows(tmp_path / "rows.docx")

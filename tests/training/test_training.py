@@ -14,6 +14,7 @@ from deltaw.core.attach import attach
 from deltaw.core.errors import DataError, TrainError, UseError
 from deltaw.data.collate import Collator
 from deltaw.data.dataset import encode_rows
+from deltaw.data.encode import Policy
 from deltaw.data.rows import read_rows
 from deltaw.infer.loss import SFTLoss, mean_loss
 from deltaw.methods.lora import LoRA
@@ -80,7 +81,7 @@ def test_only_the_adapter_moves(rows: Path) -> None:
     base = load_base("tiny")
     before = {path: p.clone() for path, p in base.model.named_parameters()}
     attach(base.model, LoRA(rank=4), targets="all-linear")
-    encoded, _ = encode_rows(read_rows(rows), base.tokenizer, 512)
+    encoded, _ = encode_rows(read_rows(rows), base.tokenizer, Policy(512))
     loss, collate = SFTLoss(base.model), Collator(base.tokenizer)
     optimizer = torch.optim.AdamW([p for p in base.model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(3):
@@ -112,7 +113,7 @@ def test_a_leak_and_a_dead_adapter_are_named() -> None:
 
 def test_loss_on_supervised_positions_equals_full_logits(rows: Path) -> None:
     base = load_base("tiny")
-    encoded, _ = encode_rows(read_rows(rows), base.tokenizer, 512)
+    encoded, _ = encode_rows(read_rows(rows), base.tokenizer, Policy(512))
     batch = Collator(base.tokenizer)(encoded[:6])
     loss = SFTLoss(base.model)
     assert loss.gathers
@@ -127,7 +128,7 @@ def test_loss_on_supervised_positions_equals_full_logits(rows: Path) -> None:
 def test_chunked_loss_is_the_same(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_base("tiny")
     attach(base.model, LoRA(rank=4), targets=["lm_head", "q_proj"])
-    encoded, _ = encode_rows(read_rows(rows), base.tokenizer, 512)
+    encoded, _ = encode_rows(read_rows(rows), base.tokenizer, Policy(512))
     batch, loss = Collator(base.tokenizer)(encoded), SFTLoss(base.model)
     whole, _ = loss(batch)
     whole.backward()

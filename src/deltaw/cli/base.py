@@ -51,3 +51,12 @@ def with_strength(text: str) -> tuple[str, float]:
         return folder, float(strength)
     except ValueError:
         raise UseError(f"--adapter {text!r}: {strength!r} is not a strength: write folder=0.5") from None
+
+
+def parsed(given: list[str]) -> Any:
+    """The configuration of `train` and `plan`: a YAML file first, then overrides; overrides alone are enough."""
+    from deltaw.config import parse
+
+    files = given[:1] if "=" not in given[0] else []
+    overrides = given[len(files) :]
+    return parse.read(files[0], overrides) if files else parse.parse(parse.override({}, overrides))

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from deltaw.cli import chat, evaluate, generate, inspect, merge, mix, quickstart, schema, train  # noqa: F401  the verbs
+from deltaw.cli import chat, evaluate, generate, inspect, merge, mix, plan, quickstart, schema, train  # noqa: F401  the verbs
 from deltaw.cli.app import app
 from deltaw.core.errors import DeltawError
 

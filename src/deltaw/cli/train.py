@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from deltaw.cli.app import Json, app, show
+from deltaw.cli.base import parsed
 
 
 @app.command()
@@ -30,15 +31,10 @@ def train(
         raise UseError("--resume continues a run with its own configuration: leave the file and the overrides out")
     if resume is None and not given:
         raise UseError("nothing to train: give a configuration file, or model=… data.train=… output=…")
-    from deltaw.config import schema
-
-    if resume is None:
-        files = given[:1] if "=" not in given[0] else []
-        overrides = given[len(files) :]
-        parsed = schema.read(files[0], overrides) if files else schema.parse(schema.override({}, overrides))
+    config_given = parsed(given) if resume is None else None
     from deltaw.training import run as training
 
-    done = training.resume(resume, quiet=quiet) if resume is not None else training.train(parsed, quiet=quiet)
+    done = training.resume(resume, quiet=quiet) if resume is not None else training.train(config_given, quiet=quiet)
     record = {
         "run": str(done.path), "adapter": str(done.adapter), "steps": done.steps, "seconds": done.seconds,
         "trainable": done.plan.trainable, "losses": dict(done.losses),

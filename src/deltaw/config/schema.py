@@ -1,35 +1,81 @@
 """The one schema of a training configuration: a dataclass per section, a sentence per field, one set of defaults.
 
-`read(path, overrides)` validates a YAML file strictly; `Config.to_dict()` is what a run directory keeps; `json_schema()`
-describes it all. The `adapter` section takes the fields of whichever Method its `method` names, from the registry.
+`deltaw.config.parse` validates files against it, `deltaw.config.describe` writes it out for editors and documentation.
+The `adapter` section takes the fields of whichever Method its `method` names, from the registry.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import TypeAdapter, ValidationError
-
-from deltaw.core.errors import ConfigError, did_you_mean, faults
 from deltaw.core.method import Method, get
 
 STRICT: dict[str, Any] = {"extra": "forbid", "arbitrary_types_allowed": True}
 
 
+def invalid_pattern(pattern: str | None) -> list[str]:
+    """What is wrong with a pattern that takes texts apart."""
+    if pattern is None:
+        return []
+    try:
+        groups = re.compile(pattern).groupindex
+    except re.error as error:
+        return [f"pattern={pattern!r} is not a regular expression: {error}"]
+    return [] if groups else [f"pattern={pattern!r} has no named groups: write (?P<prompt>…) and (?P<completion>…)"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    __pydantic_config__ = STRICT
+    path: str
+    """A file, a folder, a hub id (owner/name), or dataset_info.json#entry."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Our field → the file's name for it; `instances.0.output` looks into lists and objects."""
+    pattern: str | None = None
+    """Regular expression with named groups for the lines of a .txt file, or the field `text`."""
+    weight: float = 1.0
+    """How often each row is taken: 2 is twice, 0.5 a fixed half of the rows."""
+    subset: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """Names that turns use, e.g. {role: speaker, content: said, user: customer, assistant: agent}."""
+
+    def invalid(self) -> list[str]:
+        """Values of the right type that are still impossible, a sentence each."""
+        found = [] if 0 < self.weight < math.inf else [f"weight={self.weight!r} must be above 0"]
+        return found + invalid_pattern(self.pattern)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     __pydantic_config__ = STRICT
-    train: str | tuple[str, ...]
-    """Training rows: a .jsonl or .json file, several of them, or a folder of such files."""
-    eval: float | str | None = 0.05
-    """Held-out rows: a share of the training rows (0.05), a file, or null for none."""
+    train: str | Source | tuple[str | Source, ...]
+    """Training rows: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder, a hub id, dataset_info.json#entry, or several."""
+    eval: float | str | Source | tuple[str | Source, ...] | None = 0.05
+    """Held-out rows: a share of the training rows (0.05), a source like train, or null for none."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Our field → the files' name for it, e.g. {prompt: question, completion: answer}; for sources without their own."""
+    pattern: str | None = None
+    """Regular expression with named groups that takes the lines of .txt files, or the field `text`, apart."""
+    template: str | None = None
+    """Chat template: a name (chatml, plain), a file, or null for the base's own; kept with the adapter."""
     max_length: int | None = None
-    """Longest row in tokens; longer rows are dropped and counted. Default: what the model can read, at most 2048."""
+    """Longest row in tokens. Default: what the model can read, at most 2048."""
+    overflow: Literal["drop", "cut"] = "drop"
+    """A longer row: drop it, or cut its beginning away. Both are counted; the stop token always stays."""
     train_on_prompt: bool = False
     """Supervise the prompt too, not only the answers."""
+    turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns are learnt; a turn with `train: false` never is."""
+    pairs: Literal["chosen"] | None = None
+    """Of preference and judged rows learn the wanted answers; without it such rows are refused."""
+    packing: bool | Literal["auto"] = "auto"
+    """Let short rows of a batch share a line: auto = where the model keeps them apart. Changes speed, never what a step learns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +94,8 @@ class AdapterConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     __pydantic_config__ = STRICT
-    objective: Literal["sft"] = "sft"
-    """What is learnt: sft = the answers of the rows, by cross-entropy."""
+    objective: Literal["sft", "text"] = "sft"
+    """What is learnt, by cross-entropy: sft = the answers of the rows, text = raw texts from their first word on."""
     epochs: float = 1.0
     """Passes over the training rows."""
     max_steps: int | None = None
@@ -107,129 +153,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(v) for key, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-def parse(record: Any) -> Config:
-    """Plain data → Config. Every unknown key and impossible value is named; ConfigError."""
-    if not isinstance(record, Mapping):
-        raise ConfigError(
-            f"a configuration is a mapping of sections (model, data, adapter, train, output), not {type(record).__name__}"
-        )
-    record, found = dict(record), []
-    adapter = record.pop("adapter", None)
-    sections: dict[str, Any] = {}
-    if adapter is not None:
-        try:
-            sections["adapter"] = parse_adapter(adapter)
-        except ConfigError as error:
-            found += error.faults or [f"adapter: {error}"]
-    try:
-        config = _validated(Config, record, "")
-    except ConfigError as error:
-        raise faults(ConfigError, "configuration", [*error.faults, *found]) from None
-    if found:
-        raise faults(ConfigError, "configuration", found)
-    config = dataclasses.replace(config, **sections)
-    _check(config)
-    return config
-
-
-def parse_adapter(record: Any) -> AdapterConfig:
-    """The `adapter` section: `method` names a registered Method, whose fields stand beside targets, exclude, layers."""
-    if not isinstance(record, Mapping):
-        raise ConfigError(f"adapter: must be a mapping like {{method: lora, rank: 16}}, not {record!r}")
-    own = {f.name for f in dataclasses.fields(AdapterConfig)} - {"method"}
-    method = get(str(record.get("method", "lora")))
-    options = {key: value for key, value in record.items() if key not in own and key != "method"}
-    built = _validated(method, options, "adapter.", extra=own)
-    return _validated(AdapterConfig, {"method": built, **{k: v for k, v in record.items() if k in own}}, "adapter.")
-
-
-def _validated(cls: type, record: Mapping[str, Any], prefix: str, extra: Sequence[str] | set[str] = ()) -> Any:
-    known = [f.name for f in dataclasses.fields(cls)]
-    unknown = [key for key in record if key not in known]
-    found = [f"no key {prefix + str(key)!r}{did_you_mean(str(key), [*known, *extra])}" for key in unknown]
-    try:
-        result = TypeAdapter(cls).validate_python({key: value for key, value in record.items() if key in known})
-    except ValidationError as error:
-        for fault in error.errors():
-            names = [f.name for f in dataclasses.fields(cls)]
-            where = prefix + ".".join(str(part) for part in fault["loc"][:1] if part in names)
-            if len(fault["loc"]) > 1 and dataclasses.is_dataclass(
-                next(f for f in dataclasses.fields(cls) if f.name == fault["loc"][0]).type
-            ):
-                where += f".{fault['loc'][1]}"
-            inner = fault.get("ctx", {}).get("error")
-            if fault["type"] == "missing":
-                found.append(f"{where} is missing")
-            elif isinstance(inner, ConfigError):
-                found += [f"{prefix.rstrip('.')}: {line}" for line in inner.faults]
-            elif fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                section = next(f for f in dataclasses.fields(cls) if f.name == str(fault["loc"][0]))
-                inside = (
-                    [f.name for f in dataclasses.fields(section.type)] if dataclasses.is_dataclass(section.type) else []
-                )
-                found.append(f"no key {where!r}{did_you_mean(str(fault['loc'][-1]), inside)}")
-            else:
-                found.append(f"{where}={fault['input']!r}: {fault['msg'][0].lower() + fault['msg'][1:]}")
-    if found:
-        raise faults(ConfigError, "faults", list(dict.fromkeys(found)))
-    return result
-
-
-def _check(config: Config) -> None:
-    """Values that are of the right type and still impossible."""
-    t, found = config.train, []
-    positive = {"epochs": t.epochs, "learning_rate": t.learning_rate, "batch_size": t.batch_size}
-    positive |= {"gradient_accumulation": t.gradient_accumulation, "log_every": t.log_every, "keep": t.keep}
-    optional = {"max_steps": t.max_steps, "eval_every": t.eval_every, "save_every": t.save_every}
-    positive |= {name: value for name, value in optional.items() if value is not None and value != "auto"}
-    found += [f"train.{name}={value!r} must be above 0" for name, value in positive.items() if not value > 0]
-    found += [
-        f"train.{name}={getattr(t, name)!r} must not be negative"
-        for name in ("weight_decay", "clip")
-        if getattr(t, name) < 0
-    ]
-    if not 0 <= t.warmup < 1:
-        found.append(f"train.warmup={t.warmup!r} is a share of the steps, in [0, 1)")
-    if config.data.max_length is not None and config.data.max_length < 2:
-        found.append(f"data.max_length={config.data.max_length!r} must be at least 2")
-    if isinstance(config.data.eval, float) and not 0 < config.data.eval < 1:
-        found.append(f"data.eval={config.data.eval!r} is a share in (0, 1), a file, or null")
-    if found:
-        raise faults(ConfigError, "configuration", found)
-
-
-def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A YAML file, with `section.key=value` overrides applied in order."""
-    file = Path(path)
-    try:
-        record = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration file {str(path)!r}{did_you_mean(file.name, _neighbours(file))}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return parse(override(record, overrides))
-
-
-def override(record: Any, overrides: Sequence[str]) -> Any:
-    """Plain data with `section.key=value` written into it; values are read as YAML."""
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ConfigError(
-                f"{text!r} is not an override: write section.key=value, for example train.learning_rate=1e-4"
-            )
-        place = record = dict(record or {})
-        *path, last = key.split(".")
-        for part in path:
-            below = place.get(part)
-            place[part] = place = dict(below) if isinstance(below, Mapping) else {}
-        place[last] = yaml.safe_load(value) if value else None
-    return record
-
-
-def _neighbours(file: Path) -> list[str]:
-    return [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []

@@ -1,4 +1,4 @@
-"""A conversation → token ids, and labels that are the ids of the assistant's turns and -100 everywhere else.
+"""A row → token ids, and labels that are the ids of the assistant's turns and -100 everywhere else.
 
 Where an answer begins and ends is not searched for by markers, it is measured: the chat template is rendered up to the
 point where the model would begin to answer, and again with the answer in it; the difference is what it must learn, up
@@ -9,15 +9,28 @@ to and with the token that makes it stop.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 
 from deltaw.core.errors import DataError
-from deltaw.data.forms import Message
-from deltaw.data.rows import Example
+from deltaw.data.conversation import Example, Message
+from deltaw.data.template import render, unwritten
 
 IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How rows become tokens."""
+
+    max_length: int
+    train_on_prompt: bool = False
+    """Supervise everything, not only the answers."""
+    turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns are learnt."""
+    overflow: Literal["drop", "cut"] = "drop"
+    """A row that is too long: drop it, or cut its beginning away; its end, with the stop token, always stays."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,8 @@ class Encoded:
 
     ids: list[int]
     labels: list[int]
+    cut: int = 0
+    """Tokens cut away at its beginning."""
 
     @property
     def supervised(self) -> int:
@@ -41,26 +56,36 @@ class Dropped:
     length: int
 
 
-def encode(example: Example, tokenizer: Any, max_length: int, train_on_prompt: bool = False) -> Encoded | Dropped:
-    """Tokens and labels of a row, or why it is left out: a row is never cut, since its stop token would be lost.
+def encode(row: Example, tokenizer: Any, policy: Policy) -> list[Encoded] | Dropped:
+    """Tokens and labels of a row, or why it is left out. A text gives as many pieces as it is long.
 
     Without a chat template a prompt-completion row is its prompt, its completion and the end-of-text token. DataError
     where that cannot be done, or where the template does not let the answers be told from the rest.
     """
-    ids, spans = _templated(example, tokenizer) if tokenizer.chat_template else _plain(example, tokenizer)
-    if len(ids) > max_length:
-        return Dropped(f"longer than {max_length} tokens", len(ids))
-    labels = list(ids) if train_on_prompt else [IGNORE] * len(ids)
+    if row.text is not None:
+        return _pieces(row.text, tokenizer, policy.max_length)
+    ids, spans = (_templated if tokenizer.chat_template else _plain)(row, tokenizer, policy)
+    if _control(row, tokenizer):
+        return Dropped("a control token in the text", len(ids))
+    labels = list(ids) if policy.train_on_prompt else [IGNORE] * len(ids)
     for start, stop in spans:
         labels[start:stop] = ids[start:stop]
-    encoded = Encoded(ids, labels)
-    return encoded if encoded.supervised else Dropped("no token to learn", len(ids))
+    over = len(ids) - policy.max_length
+    if over > 0 and policy.overflow == "drop":
+        return Dropped(f"longer than {policy.max_length} tokens", len(ids))
+    if over > 0:
+        kept = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+        start = over + len(kept)
+        encoded = Encoded(kept + ids[start:], [IGNORE] * len(kept) + labels[start:], cut=start - len(kept))
+    else:
+        encoded = Encoded(ids, labels)
+    return [encoded] if encoded.supervised else Dropped("no token to learn", len(ids))
 
 
-def prompt_ids(messages: tuple[Message, ...], tokenizer: Any) -> list[int]:
+def prompt_ids(messages: tuple[Message, ...], tokenizer: Any, tools: tuple[str, ...] = ()) -> list[int]:
     """Tokens up to the point where the answer begins: the same in training and in generation."""
     if tokenizer.chat_template:
-        return _tokens(_render(messages, tokenizer, answer=True), tokenizer)
+        return _tokens(render(messages, tokenizer, tools, answer=True), tokenizer)
     ids = tokenizer(messages[-1].content, add_special_tokens=True)["input_ids"]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
 
@@ -71,43 +96,62 @@ def stop_token_trained(tokenizer: Any) -> int:
     A model whose stop token is never supervised learns to answer and not to stop, while its loss looks fine.
     """
     probe = Example((Message("user", "hello"), Message("assistant", "yes")), 0, "a probe row", completion=True)
-    found = encode(probe, tokenizer, 1 << 20)
-    assert isinstance(found, Encoded)
-    return next(label for label in reversed(found.labels) if label != IGNORE)
+    found = encode(probe, tokenizer, Policy(1 << 20))
+    assert isinstance(found, list)
+    return next(label for label in reversed(found[0].labels) if label != IGNORE)
 
 
 Spans = list[tuple[int, int]]
 
 
-def _plain(example: Example, tokenizer: Any) -> tuple[list[int], Spans]:
-    if not example.completion:
+def _pieces(text: str, tokenizer: Any, length: int) -> list[Encoded] | Dropped:
+    """A text with its end token in pieces of `length`; each begins with the last token of the one before it, so that
+    every token but the first is predicted once."""
+    ids = tokenizer(text, add_special_tokens=True)["input_ids"]
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids = [*ids, tokenizer.eos_token_id]
+    if len(ids) < 2:
+        return Dropped("no token to learn", len(ids))
+    parts = [ids[start : start + length] for start in range(0, len(ids) - 1, length - 1)]
+    return [Encoded(part, list(part)) for part in parts]
+
+
+def _plain(row: Example, tokenizer: Any, policy: Policy) -> tuple[list[int], Spans]:
+    if not row.completion:
         raise DataError(
-            f"{example.where} is a conversation and the base has no chat template to render it with: "
-            "write the rows as prompt and completion, with the line breaks between them, or take a base with a template"
+            f"{row.where} is a conversation and the base has no chat template to render it with: set data.template "
+            "(plain fits any base), or write the rows as prompt and completion"
         )
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end-of-text token, so answers would never stop: set its eos_token")
-    prompt = prompt_ids(example.messages[:-1], tokenizer)
-    answer = tokenizer(example.messages[-1].content, add_special_tokens=False)["input_ids"]
+    prompt = prompt_ids(row.messages[:-1], tokenizer)
+    answer = tokenizer(row.messages[-1].content, add_special_tokens=False)["input_ids"]
     ids = [*prompt, *answer, tokenizer.eos_token_id]
     return ids, [(len(prompt), len(ids))]
 
 
-def _templated(example: Example, tokenizer: Any) -> tuple[list[int], Spans]:
-    messages = example.messages
+def _templated(row: Example, tokenizer: Any, policy: Policy) -> tuple[list[int], Spans]:
+    messages = row.messages
+    learnt = [n for n, m in enumerate(messages) if m.role == "assistant" and m.learn]
     try:
-        text = _render(messages, tokenizer)
+        text = render(messages, tokenizer, row.tools)
+        if missing := unwritten(messages, row.tools, text):
+            raise _Unfit(
+                f"it does not write {missing}: set data.template to one that does (chatml, plain), or leave them out"
+            )
         ids = _tokens(text, tokenizer)
         spans = []
-        for number, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            before = _begins(_render(messages[:number], tokenizer, answer=True), text, ids, tokenizer)
+        for number in learnt if policy.turns == "all" else learnt[-1:]:
+            before = _begins(render(messages[:number], tokenizer, row.tools, answer=True), text, ids, tokenizer)
             last = number + 1 == len(messages)
-            after = len(ids) if last else _begins(_render(messages[: number + 1], tokenizer), text, ids, tokenizer)
+            after = (
+                len(ids)
+                if last
+                else _begins(render(messages[: number + 1], tokenizer, row.tools), text, ids, tokenizer)
+            )
             spans.append((before, _stop(ids, before, after, tokenizer)))
     except (TemplateError, _Unfit) as error:
-        raise DataError(f"{example.where} does not go through the chat template: {error}") from None
+        raise DataError(f"{row.where} does not go through the chat template: {error}") from None
     return ids, spans
 
 
@@ -120,7 +164,8 @@ def _begins(start: str, text: str, ids: list[int], tokenizer: Any) -> int:
     if not text.startswith(start):
         raise _Unfit(
             "it writes earlier turns differently once later ones follow (it is not prefix-preserving), so that training "
-            "would see other tokens than generation: use a template made for training, or rows of a single answer"
+            "would see other tokens than generation: use a template made for training, data.turns: last, "
+            "or rows of a single answer"
         )
     head = _tokens(start, tokenizer)
     if ids[: len(head)] != head:
@@ -145,9 +190,11 @@ def _stop(ids: list[int], start: int, end: int, tokenizer: Any) -> int:
     )
 
 
-def _render(messages: tuple[Message, ...], tokenizer: Any, answer: bool = False) -> str:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer)
+def _control(row: Example, tokenizer: Any) -> bool:
+    """Does someone's text hold a control token, which would be read as the template's own?"""
+    special = tokenizer.all_special_tokens
+    texts = [text for m in row.messages for text in (m.content, m.reasoning, *(c.arguments for c in m.calls)) if text]
+    return any(token in text for token in special for text in texts)
 
 
 def _tokens(text: str, tokenizer: Any) -> list[int]:

@@ -1,14 +1,24 @@
-"""Paths → records with their place. A file that is missing stops at once; a bad line is a fault among the others."""
+"""Files → records with their place. Files that are missing are named at once; a bad line is a fault among the others.
 
+.jsonl            an object per line
+.json             a list of objects, or {"data": [objects]}
+.csv .tsv         a header, then rows of text
+.parquet          through `datasets`, as hub ids are
+.txt              one text; or with a pattern a record per line, its named groups the fields
+"""
+
+import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaw.core.errors import DataError, did_you_mean, faults
+from deltaw.core.errors import DataError, UseError, did_you_mean, faults
 
-SUFFIXES = (".jsonl", ".json")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+NAMES = "dataset_info.json"  # LLaMA-Factory's list of datasets describes files, it is none
 
 
 @dataclass(frozen=True)
@@ -26,15 +36,20 @@ def data_files(paths: Sequence[str | Path]) -> list[Path]:
     found: list[str] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+            inside = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.name != NAMES)
+            kinds = sorted({p.suffix for p in inside})
             if not inside:
                 held = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-                found.append(f"the folder {str(path)!r} has no .jsonl or .json file in it (it holds {held})")
+                found.append(f"the folder {str(path)!r} has no file of rows in it (it holds {held})")
+            elif len(kinds) > 1:
+                found.append(
+                    f"the folder {str(path)!r} has files of several kinds ({', '.join(kinds)}): name the ones you mean"
+                )
             result += inside
         elif not path.exists():
             found.append(f"no file {str(path)!r}{_near(path)}")
         elif path.suffix not in SUFFIXES:
-            found.append(f"{str(path)!r} is not .jsonl or .json: write one JSON object per line, as .jsonl")
+            found.append(f"{str(path)!r} is none of {', '.join(SUFFIXES)}: write one JSON object per line, as .jsonl")
         else:
             result.append(path)
     if not paths:
@@ -49,11 +64,38 @@ def _near(path: Path) -> str:
         return f": there is no folder {str(path.parent)!r}"
     names = sorted(p.name for p in path.parent.iterdir())
     files = [name for name in names if name.endswith(SUFFIXES)]
-    return did_you_mean(path.name, names) or f"; the folder holds {', '.join(files[:6]) or 'no .jsonl or .json file'}"
+    return did_you_mean(path.name, names) or f"; the folder holds {', '.join(files[:6]) or 'no file of rows'}"
 
 
-def records(path: Path) -> Iterator[Record | str]:
-    """The records of a file in order; in the place of one that cannot be read, the fault as a sentence."""
+def records(path: Path, pattern: str | None = None) -> Iterator[Record | str]:
+    """The records of a file in order; in the place of one that cannot be read, the fault as a sentence.
+
+    pattern: a regular expression with named groups; it makes a record of each line of a .txt file, and fields of the
+    `text` of any other record.
+    """
+    found = _parquet(path) if path.suffix == ".parquet" else _file(path, pattern)
+    if pattern is None:
+        yield from found
+        return
+    for record in found:
+        yield record if isinstance(record, str) else _matched(record, pattern)
+
+
+def _matched(record: Record, pattern: str) -> Record | str:
+    text = record.fields.get("text")
+    match = re.fullmatch(pattern, text, re.DOTALL) if isinstance(text, str) else None
+    if match is None:
+        what = (
+            f"has no `text` for data.pattern (it has {', '.join(record.fields)})"
+            if text is None
+            else f"does not match data.pattern: {str(text)[:60]!r}"
+        )
+        return f"{record.where} {what}"
+    rest = {key: value for key, value in record.fields.items() if key != "text"}
+    return Record({**rest, **match.groupdict()}, record.line, record.where)
+
+
+def _file(path: Path, pattern: str | None) -> Iterator[Record | str]:
     try:
         text = _text(path)
     except OSError as error:
@@ -68,6 +110,17 @@ def records(path: Path) -> Iterator[Record | str]:
         return
     if path.suffix == ".jsonl":
         yield from _lines(path, text)
+        return
+    if path.suffix == ".txt":
+        lines = enumerate(text.split("\n"), 1) if pattern else [(1, text)]
+        yield from (
+            Record({"text": line.strip() if pattern else line}, n, f"{path.name} line {n}")
+            for n, line in lines
+            if line.strip()
+        )
+        return
+    if path.suffix in (".csv", ".tsv"):
+        yield from _table(path, text)
         return
     try:
         whole = json.loads(text)
@@ -117,3 +170,40 @@ def _record(fields: Any, number: int, where: str) -> Record | str:
 
 def _kind(value: Any) -> str:
     return {dict: "object", list: "list", str: "text", bool: "boolean", type(None): "null"}.get(type(value), "number")
+
+
+def _table(path: Path, text: str) -> Iterator[Record | str]:
+    reader = csv.reader(text.splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    try:
+        header = next(reader)
+        if len(set(header)) != len(header):
+            yield f"{path.name} names a column twice in its header: {', '.join(header)}"
+            return
+        for row in reader:
+            where = f"{path.name} line {reader.line_num}"
+            if len(row) != len(header):
+                yield f"{where} has {len(row)} cells, the header has {len(header)} ({', '.join(header)})"
+                continue
+            yield Record(dict(zip(header, row, strict=True)), reader.line_num, where)
+    except csv.Error as error:
+        yield f"{path.name} line {reader.line_num} is not CSV: {error}"
+
+
+def _parquet(path: Path) -> Iterator[Record | str]:
+    yield from loaded(str(path), path.name, ("parquet",), {"data_files": str(path), "split": "train"})
+
+
+def loaded(shown: str, short: str, given: Sequence[str], options: Mapping[str, str]) -> Iterator[Record | str]:
+    """The records of whatever `datasets.load_dataset(*given, **options)` reads."""
+    try:
+        import datasets
+    except ImportError:
+        raise UseError(f"{shown} needs the datasets library: pip install 'deltaw[train]'") from None
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(*given, **options)
+    except Exception as error:  # whatever a foreign file or a hub raises, it is one thing: data that cannot be read
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise DataError(f"{shown} cannot be read: {reason}") from None
+    for number, fields in enumerate(rows, 1):
+        yield _record(fields, number, f"{short} row {number}")

@@ -1,79 +1,144 @@
-"""One row of JSON → the turns of a conversation: which form it has, and whether it can be learnt from."""
+"""One row of a file → an Example: which form it has, and whether it can be read.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+prompt-completion   {"prompt": "…", "completion": "…"}
+messages            {"messages": [{"role": "user", "content": "…"}, …], "tools": […]}
+sharegpt            {"conversations": [{"from": "human", "value": "…"}, …], "tools": "…", "system": "…"}
+alpaca              {"instruction": "…", "input": "…", "output": "…", "system": "…", "history": […]}
+text                {"text": "…"}
+preference          prompt, messages or conversations, with chosen and rejected beside them
+judged              prompt-completion, messages or conversations, with "label": true or false
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from deltaw.core.errors import did_you_mean
+from deltaw.data.conversation import Example, Message, half_character, order
+from deltaw.data.turns import Unreadable, message, messages, shown, tools
 
-Form = Literal["prompt-completion", "messages", "alpaca"]
+Form = Literal["prompt-completion", "messages", "sharegpt", "alpaca", "text", "preference", "judged"]
 
 NEEDED: dict[Form, tuple[str, ...]] = {
     "messages": ("messages",),
+    "sharegpt": ("conversations",),
     "prompt-completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
+    "text": ("text",),
 }
-EXPECTED = "prompt + completion, messages, or instruction + output"
-ROLES = ("system", "user", "assistant")
-
-# Fields that carry meaning we would lose, or would learn the wrong way round. Refused by name, never dropped silently.
-REFUSED = {
-    "chosen": "is half of a preference pair, which sft cannot learn from: keep the better answer as `completion`",
-    "rejected": "is half of a preference pair, which sft cannot learn from: keep the better answer as `completion`",
-    "label": "judges the answer, and sft would learn bad answers too: keep the good rows and remove the field",
-    "tools": "cannot be rendered yet: remove the rows that call tools",
-    "images": "cannot be read yet: keep the rows of text",
-}
-
-
-@dataclass(frozen=True)
-class Message:
-    role: str
-    content: str
+"""The fields that make a row one of a form; preference and judged rows are these with more beside them."""
+EXPECTED = "prompt + completion, messages, conversations, instruction + output, or text"
+MEDIA = ("images", "image", "videos", "audios")
 
 
 def detect(row: Mapping[str, Any]) -> tuple[Form | None, str]:
     """The form of a row; or None and what is wrong with it."""
-    for key, reason in REFUSED.items():
-        if row.get(key) not in (None, "", []) and (key != "label" or isinstance(row[key], bool)):
-            return None, f"`{key}` {reason}"
+    media = next((key for key in MEDIA if row.get(key)), None)
+    if media:
+        return None, f"`{media}` cannot be read yet: keep the rows of text"
+    if "chosen" in row or "rejected" in row:
+        missing = next((key for key in ("chosen", "rejected") if key not in row), None)
+        return (None, f"the field `{missing}` of a preference pair is missing") if missing else ("preference", "")
     whole = [form for form, keys in NEEDED.items() if all(key in row for key in keys)]
-    if len(whole) == 1:
-        return whole[0], ""
+    whole = [form for form in whole if form != "text"] or whole  # a text beside a whole row is a note on it
+    if len(whole) > 1:
+        return None, f"it is {' and '.join(whole)} at once: keep the fields of one form, or map them with data.columns"
     if whole:
-        return None, f"it is {' and '.join(whole)} at once: keep the fields of one form"
+        judged = isinstance(row.get("label"), bool) and whole[0] not in ("alpaca", "text")
+        return ("judged" if judged else whole[0]), ""
     for form, keys in NEEDED.items():
-        missing = [key for key in keys if key not in row]
-        if len(missing) < len(keys):
+        missing_keys = [key for key in keys if key not in row]
+        if len(missing_keys) < len(keys):
             given = ", ".join(map(str, row))
-            near = did_you_mean(missing[0], [key for key in map(str, row) if key not in keys])
-            return None, f"the field `{missing[0]}` is missing (a row of {form}; it has {given}){near}"
-    if "text" in row:
-        return None, "raw `text` has no answer to supervise: write prompt and completion, or messages"
-    if "conversations" in row:
-        return None, "`conversations` (ShareGPT) is not read yet: write messages with role and content"
-    near = next((d for key in sorted(set().union(*NEEDED.values())) if (d := did_you_mean(key, map(str, row)))), "")
-    return None, f"no known form: it has {', '.join(map(str, row)) or 'no field'}, expected {EXPECTED}{near}"
+            near = did_you_mean(missing_keys[0], [key for key in map(str, row) if key not in keys])
+            return None, f"the field `{missing_keys[0]}` is missing (a row of {form}; it has {given}){near}"
+    known = sorted(set().union(*NEEDED.values()))
+    near = next((d for key in known if (d := did_you_mean(key, map(str, row)))), "")
+    has = ", ".join(map(str, row)) or "no field"
+    return None, f"no known form: it has {has}, expected {EXPECTED}{near}; data.columns maps other names"
 
 
-def messages_of(form: Form, row: Mapping[str, Any]) -> tuple[tuple[Message, ...], list[str]]:
-    """The turns of a row of this form, and what is wrong with them."""
-    if form == "prompt-completion":
-        turns, found = _texts(row, [("user", "prompt"), ("assistant", "completion")])
-    elif form == "alpaca":
-        turns, found = _alpaca(row)
-    else:
-        turns, found = _messages(row["messages"])
-    return tuple(turns), found or _order(turns, "messages" if form == "messages" else "")
+def example(form: Form, row: Mapping[str, Any], line: int, where: str) -> tuple[Example, list[str]]:
+    """The row as an Example, and what is wrong with it."""
+    if form == "text":
+        text, found = row["text"], []
+        if not isinstance(text, str) or not text.strip():
+            found.append(f"`text` is {shown(text)}: must be text, and not empty")
+        elif half := half_character(text):
+            found.append(f"`text` {half}")
+        return Example((), line, where, text=text), found
+    described, found = tools(row.get("tools"))
+    before, wrong = _before(row) if form == "preference" else _conversation(row)
+    found += wrong
+    if form != "preference":
+        found = found or order(before)
+        pair = "completion" in row and "messages" not in row and "conversations" not in row
+        good = row["label"] if form == "judged" else None
+        return Example(tuple(before), line, where, completion=pair, tools=described, good=good), found
+    ends: dict[str, list[Message]] = {}
+    for key in ("chosen", "rejected"):
+        ends[key], wrong = _ending(row[key], key, before)
+        found += wrong or ([] if found else [f"with `{key}`: {fault}" for fault in order([*before, *ends[key]])])
+    if not found and ends["chosen"] == ends["rejected"]:
+        found.append("`chosen` and `rejected` are the same: there is nothing to prefer")
+    whole = (*before, *ends["chosen"])
+    pair = isinstance(row.get("prompt"), str)
+    return Example(whole, line, where, completion=pair, tools=described, rejected=tuple(ends["rejected"])), found
+
+
+def _conversation(row: Mapping[str, Any]) -> tuple[list[Message], list[str]]:
+    """All turns of a row that is no preference pair."""
+    if "messages" in row or "conversations" in row:
+        return _talk(row)
+    if "completion" in row:
+        return _texts(row, [("user", "prompt"), ("assistant", "completion")])
+    return _alpaca(row)
+
+
+def _before(row: Mapping[str, Any]) -> tuple[list[Message], list[str]]:
+    """The turns before the two answers of a preference pair."""
+    if "messages" in row or "conversations" in row:
+        return _talk(row)
+    if isinstance(row.get("prompt"), list):
+        return messages(row["prompt"], "prompt")
+    if "prompt" in row:
+        return _texts(row, [("system", "system"), ("user", "prompt")])
+    if "instruction" in row:
+        turns, found = _alpaca({**row, "output": "-"})
+        return turns[:-1], found
+    return [], []  # both answers are whole conversations
+
+
+def _ending(given: Any, key: str, before: Sequence[Message]) -> tuple[list[Message], list[str]]:
+    """`chosen` or `rejected`: a text, one turn, or turns; a whole conversation where nothing stands before."""
+    if isinstance(given, str):
+        return [Message("assistant", given)], []
+    if isinstance(given, list):
+        turns, found = messages(given, key)
+        shared = len(before)
+        return (turns[shared:] if before and turns[:shared] == list(before) else turns), found
+    try:
+        return [message(given)], []
+    except Unreadable as error:
+        return [], [f"`{key}` {error}"]
+
+
+def _talk(row: Mapping[str, Any]) -> tuple[list[Message], list[str]]:
+    field = "messages" if "messages" in row else "conversations"
+    turns, found = messages(row[field], field)
+    system = row.get("system")
+    if system and isinstance(system, str) and not (turns and turns[0].role == "system"):
+        turns = [Message("system", system), *turns]
+    return turns, found
 
 
 def _texts(row: Mapping[str, Any], fields: list[tuple[str, str]]) -> tuple[list[Message], list[str]]:
-    found = [f"`{key}` is {_shown(row[key])}: must be text" for _, key in fields if not isinstance(row[key], str)]
-    return ([] if found else [Message(role, row[key]) for role, key in fields]), found
+    given = [(role, key) for role, key in fields if role != "system" or row.get(key)]
+    found = [f"`{key}` is {shown(row.get(key))}: must be text" for _, key in given if not isinstance(row.get(key), str)]
+    return ([] if found else [Message(role, row[key]) for role, key in given]), found
 
 
 def _alpaca(row: Mapping[str, Any]) -> tuple[list[Message], list[str]]:
-    row = {**row, "input": row.get("input") or "", "system": row.get("system") or ""}
+    row = {**row, "input": row.get("input") or ""}
     texts, found = _texts(
         row, [("system", "system"), ("user", "instruction"), ("user", "input"), ("assistant", "output")]
     )
@@ -83,68 +148,7 @@ def _alpaca(row: Mapping[str, Any]) -> tuple[list[Message], list[str]]:
         found.append("`history` must be a list of [instruction, answer] pairs of text")
     if found:
         return [], found
-    system, instruction, extra, answer = texts
+    *system, instruction, extra, answer = texts
     past = [Message(role, text) for p in pairs for role, text in zip(("user", "assistant"), p, strict=True)]
     asked = instruction.content + (f"\n{extra.content}" if extra.content else "")
-    return [*([system] if system.content else []), *past, Message("user", asked), answer], []
-
-
-def _messages(turns: Any) -> tuple[list[Message], list[str]]:
-    if not isinstance(turns, list) or not turns:
-        return [], [f"`messages` is {_shown(turns)}: must be a list of turns with role and content"]
-    result, found = [], []
-    for number, turn in enumerate(turns, 1):
-        place = f"message {number}"
-        if not isinstance(turn, dict):
-            found.append(f"{place} is {_shown(turn)}: must be an object with role and content")
-            continue
-        missing = [key for key in ("role", "content") if key not in turn]
-        if missing:
-            found.append(
-                f"{place} has no `{missing[0]}`{did_you_mean(missing[0], map(str, turn))} (it has {', '.join(turn)})"
-            )
-        elif turn["role"] not in ROLES:
-            near = did_you_mean(str(turn["role"]), ROLES)
-            found.append(f"{place} has the role {turn['role']!r}, expected one of {', '.join(ROLES)}{near}")
-        elif turn.get("tool_calls"):
-            found.append(f"{place} calls tools, which cannot be rendered yet: remove the row")
-        elif not isinstance(turn["content"], str):
-            found.append(f"{place} has the content {_shown(turn['content'])}: must be text")
-        else:
-            result.append(Message(turn["role"], turn["content"]))
-    return result, found
-
-
-def _order(turns: list[Message], form: str) -> list[str]:
-    """What is wrong with the order and the answers: [system] user assistant [user assistant …]."""
-    found = []
-    talk = turns[1:] if turns[0].role == "system" else turns
-    roles = [turn.role for turn in talk]
-    if "assistant" not in roles:
-        return ["no message is the assistant's: there is no answer to learn"]
-    wrong = next((i for i, role in enumerate(roles) if role != ROLES[1 + i % 2]), None)
-    if wrong is not None:
-        number = wrong + 1 + len(turns) - len(talk)
-        found.append(
-            f"message {number} is the {roles[wrong]}'s, expected the {ROLES[1 + wrong % 2]}'s: turns must alternate"
-        )
-    elif roles[-1] == "user":
-        found.append("the last message is the user's and has no answer: remove it")
-    for number, turn in enumerate(turns, 1):
-        place = f"message {number}, the {turn.role}'s," if form else _PLACES[turn.role]
-        if turn.role == "assistant" and not turn.content.strip():
-            found.append(f"{place} is empty: remove the row")
-        try:
-            turn.content.encode()
-        except UnicodeEncodeError as error:  # JSON may escape half of a character; no tokenizer takes it
-            half = turn.content[error.start]
-            found.append(f"{place} has half of a character ({half!a}) at position {error.start + 1}: repair the text")
-    return found
-
-
-_PLACES = {"system": "the system prompt", "user": "the prompt", "assistant": "the answer"}
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:39] + "…"
+    return [*system, *past, Message("user", asked), answer], []

@@ -1,71 +1,98 @@
-"""Files of rows → conversations. Every fault of every row is found first and said once, with its place and its fix.
+"""Sources → rows. Every fault of every row is found first and said once, with its place and its fix.
 
-    prompt-completion   {"prompt": "…", "completion": "…"}
-    messages            {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
-    alpaca              {"instruction": "…", "input": "…", "output": "…"}, also system, history
-
-The form is seen from the rows themselves and must be the same in all of them.
+The form of the rows (`deltaw.data.forms`) is seen from the rows themselves and must be the same within a source.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from deltaw.core.errors import DataError, faults
-from deltaw.data.files import data_files, records
-from deltaw.data.forms import Form, Message, detect, messages_of
+from deltaw.data import sources
+from deltaw.data.conversation import Example
+from deltaw.data.forms import Form, detect, example
+from deltaw.data.sources import Given
 
 
 @dataclass(frozen=True)
-class Example:
-    """One row as a conversation that ends with the assistant's turn."""
+class Part:
+    """What one source gave."""
 
-    messages: tuple[Message, ...]
-    line: int
-    """Where it stands: line of a .jsonl file, number of the row in a .json file, from 1."""
-    where: str = ""
-    """The same with the name of the file, for messages to people."""
-    completion: bool = False
-    """A prompt and its completion, which may be written one after the other where there is no chat template."""
+    source: str
+    form: Form
+    rows: int
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        weight = "" if self.weight == 1.0 else f", taken {self.weight:g} times"
+        return f"{self.source}: {self.rows:,} rows of {self.form}{weight}"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one form. `source` names the files."""
+    """Rows in order. `source` names the files."""
 
     form: Form
     rows: list[Example]
     source: str
+    parts: tuple[Part, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
-def read_rows(source: str | Path | Sequence[str | Path]) -> Rows:
-    """Read a .jsonl or .json file, several of them, or a folder of them. DataError names all faults at once."""
-    paths = data_files([source] if isinstance(source, str | Path) else source)
-    name = ", ".join(str(path) for path in paths)
-    form: Form | None = None
-    first, rows, found = "", [], []
-    for path in paths:
-        for record in records(path):
-            if isinstance(record, str):
-                found.append(record)
-                continue
-            here, fault = detect(record.fields)
-            if here is None:
-                found.append(f"{record.where}: {fault}")
-                continue
-            if form is None:
-                form, first = here, record.where
-            if here != form:
-                found.append(f"{record.where} is {here}, but {first} is {form}: write all rows of one run in one form")
-                continue
-            turns, wrong = messages_of(here, record.fields)
-            found += [f"{record.where}: {fault}" for fault in wrong]
-            rows.append(Example(turns, record.line, record.where, completion=here == "prompt-completion"))
+def read_rows(given: Given | Sequence[Given]) -> Rows:
+    """Read one source or several. DataError names all faults at once.
+
+    given: paths of files or folders, hub ids, `dataset_info.json#entry`, or Sources with columns, pattern and weight.
+    """
+    listed = [sources.named(one) for one in ([given] if isinstance(given, sources.Given) else given)]
+    name = ", ".join(source.path for source in listed)
+    found = [f"{source.path}: {fault}" for source in listed for fault in source.invalid()]
+    rows: list[Example] = []
+    parts: list[Part] = []
+    for source in [] if found else listed:
+        form, examples, wrong = _read(source)
+        found += wrong
+        if form is None or wrong:
+            continue
+        parts.append(Part(source.path, form, len(examples), source.weight))
+        times = sources.repeated([place(row) for row in examples], source.weight)
+        rows += [row for row, count in zip(examples, times, strict=True) for _ in range(count)]
     if found:
         raise faults(DataError, f"{name} cannot be used", found)
-    if form is None:
-        raise DataError(f"{name} is empty: no row in it")
-    return Rows(form, rows, name)
+    if not rows:
+        raise DataError(f"{name} is empty: no row in it" if listed else "no data was given")
+    return Rows(parts[0].form, rows, name, tuple(parts))
+
+
+def _read(source: sources.Source) -> tuple[Form | None, list[Example], list[str]]:
+    form: Form | None = None
+    first, rows, found = "", [], []
+    for record in sources.read(source):
+        if isinstance(record, str):
+            found.append(record)
+            continue
+        here, fault = detect(record.fields)
+        if here is None:
+            found.append(f"{record.where}: {fault}")
+            continue
+        if form is None:
+            form, first = here, record.where
+        if here != form:
+            found.append(f"{record.where} is {here}, but {first} is {form}: write all rows of one source in one form")
+            continue
+        row, wrong = example(here, record.fields, record.line, record.where)
+        found += [f"{record.where}: {fault}" for fault in wrong]
+        rows.append(row)
+    return form, rows, found
+
+
+def place(row: Example) -> float:
+    """A number in [0, 1) that depends on the content of a row only."""
+    turns = [[m.role, m.content, m.reasoning, *([c.name, c.arguments] for c in m.calls)] for m in row.messages]
+    if not any(m.reasoning or m.calls for m in row.messages):
+        turns = [[m.role, m.content] for m in row.messages]
+    text = json.dumps(turns if row.text is None else row.text)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

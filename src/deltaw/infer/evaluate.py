@@ -3,6 +3,7 @@
 Exact match generates greedily and compares the answer, white space at the ends aside, with the row's last turn.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from deltaw.core.errors import DataError
 from deltaw.data.collate import Collator
+from deltaw.data.conversation import Example
 from deltaw.data.dataset import encode_rows
+from deltaw.data.encode import IGNORE, Policy, encode
 from deltaw.data.rows import Rows
-from deltaw.infer.generate import generate
+from deltaw.infer.generate import answer_all
 from deltaw.infer.loss import SFTLoss, mean_loss
 
 Score = Callable[[str, str], float]
@@ -42,6 +44,15 @@ def exact(answer: str, reference: str) -> float:
     return float(answer.strip() == reference.strip())
 
 
+def last_turn(row: Example, tokenizer: Any, policy: Policy) -> tuple[list[int], list[int]] | None:
+    """Prompt and answer of a row's last turn as token ids, as training sees them; None where the row is left out."""
+    found = encode(row, tokenizer, dataclasses.replace(policy, turns="last", train_on_prompt=False))
+    if not isinstance(found, list):
+        return None
+    learnt = [place for place, label in enumerate(found[0].labels) if label != IGNORE]
+    return found[0].ids[: learnt[0]], found[0].ids[learnt[0] : learnt[-1] + 1]
+
+
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
@@ -57,22 +68,24 @@ def evaluate(
 
     `scores`: {name: (answer, reference) → number}; exact_match is always among them.
     """
-    encoded, _ = encode_rows(rows, tokenizer, max_length)
+    policy = Policy(max_length)
+    encoded, _ = encode_rows(
+        rows, tokenizer, policy, objective="text" if rows.form == "text" else "sft", pairs="chosen"
+    )
     order = sorted(encoded, key=lambda row: len(row.ids))  # like lengths together: less padding
     collate = Collator(tokenizer)
     loss = mean_loss(SFTLoss(model), (collate(order[i : i + batch_size]) for i in range(0, len(order), batch_size)))
-    chosen = rows.rows[:generations]
-    if not chosen:
+    asked = [
+        turn for row in rows.rows[:generations] if row.text is None and (turn := last_turn(row, tokenizer, policy))
+    ]
+    if not asked:
         return Evaluation(len(encoded), loss)
-    prompts, references = [], []
-    for example in chosen:
-        *before, last = example.messages
-        if last.role != "assistant":
-            raise DataError(f"{rows.source}: row {example.line} does not end with an answer to compare with")
-        prompts.append([{"role": m.role, "content": m.content} for m in before])
-        references.append(last.content)
-    longest = max(len(tokenizer(text)["input_ids"]) for text in references)
-    answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens or longest + 16, batch_size=batch_size)
+    longest = max(len(answer) for _, answer in asked)
+    answers = answer_all(
+        model, tokenizer, [prompt for prompt, _ in asked], max_new_tokens=max_new_tokens or longest + 16,
+        batch_size=batch_size,
+    )  # fmt: skip
+    references = [tokenizer.decode(answer, skip_special_tokens=True).strip() for _, answer in asked]
     named = {"exact_match": exact, **(scores or {})}
     means = {
         name: sum(score(a, r) for a, r in zip(answers, references, strict=True)) / len(answers)

@@ -41,6 +41,25 @@ def generate(
     batch_size: int = 32,
 ) -> list[str]:
     """One answer per prompt, in order. temperature 0 is greedy; with `seed` sampling repeats."""
+    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    return answer_all(
+        model, tokenizer, encoded, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+        batch_size=batch_size,
+    )  # fmt: skip
+
+
+def answer_all(
+    model: nn.Module,
+    tokenizer: Any,
+    encoded: Sequence[list[int]],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    batch_size: int = 32,
+) -> list[str]:
+    """As `generate`, for prompts that are token ids already."""
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise UseError(
             f"temperature={temperature} must not be negative, top_p={top_p} in (0, 1], max_new_tokens={max_new_tokens} at least 1"
@@ -48,7 +67,6 @@ def generate(
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     limit = getattr(model.config, "max_position_embeddings", None)
-    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     for number, ids in enumerate(encoded, 1):
         if limit is not None and len(ids) >= limit:
             raise UseError(f"prompt {number} has {len(ids)} tokens, the base reads at most {limit}: shorten it")

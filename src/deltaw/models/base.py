@@ -14,6 +14,7 @@ from torch import nn
 from deltaw.core.errors import FileError, UseError, did_you_mean
 
 TINY = Path(__file__).parent / "tiny"
+DEFAULT_LENGTH = 2048  # rows of a base that reads more are not longer unless the user says so
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -92,26 +93,42 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def load_tokenizer(name: str) -> tuple[Any, int | None]:
+    """The tokenizer of a base and the longest row it reads, where it says one; no weight is read."""
+    source = resolve(name)
+    transformers = require_transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source)
+    except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be loaded
+        raise _unreadable(name, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id  # labels come from spans, so that padding as eos is safe
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return tokenizer, None if limit is None else int(limit)
+
+
 def load_base(name: str, *, dtype: str = "auto", device: torch.device | None = None) -> Base:
     """Model and tokenizer of a causal language model, in `dtype` (auto, fp32, bf16), on `device` (best by default).
 
     Raises FileError when the base is not there or cannot be read, UseError when transformers is not installed.
     """
     wanted, source = pick_dtype(dtype), resolve(name)
-    transformers = require_transformers()
+    tokenizer, limit = load_tokenizer(name)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
-    except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be loaded
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise FileError(f"the base {name!r} cannot be loaded: {reason}") from error
+        model = require_transformers().AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
+    except Exception as error:
+        raise _unreadable(name, error) from error
     if name == "tiny":
         model.config._name_or_path = "tiny"  # what its adapters name as their base, on every machine
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id  # labels come from spans, so that padding as eos is safe
     model.to(device or pick_device()).eval().requires_grad_(False)
-    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 2048
-    return Base(name, model, tokenizer, min(2048, int(limit)))
+    return Base(name, model, tokenizer, min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH))
+
+
+def _unreadable(name: str, error: Exception) -> FileError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return FileError(f"the base {name!r} cannot be loaded: {reason}")
 
 
 def require_transformers() -> Any:

@@ -16,20 +16,19 @@ from typing import Any
 from transformers import set_seed
 
 import deltaw
-from deltaw.config import schema
+from deltaw.config import parse
 from deltaw.config.schema import Config
 from deltaw.core.attach import attach, extract
 from deltaw.core.errors import TrainError
 from deltaw.core.targets import TargetPlan
 from deltaw.data.collate import Collator
-from deltaw.data.dataset import DataReport, encode_rows, split
 from deltaw.data.encode import Encoded
-from deltaw.data.preview import preview
-from deltaw.data.rows import Rows, read_rows
 from deltaw.formats import directory
+from deltaw.infer.packing import use_packing
 from deltaw.models.base import Base, load_base
 from deltaw.runs.directory import RunDirectory
 from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, peak_memory
+from deltaw.training.prepare import Prepared, prepare
 from deltaw.training.trainer import NAME, AdapterTrainer
 
 
@@ -53,37 +52,27 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = Fals
     anything is trained; TrainError when the run cannot go on, with what is saved so far still in the run directory.
     """
     if isinstance(config, str | Path):
-        config = schema.read(config)
+        config = parse.read(config)
     elif not isinstance(config, Config):
-        config = schema.parse(config)
+        config = parse.parse(config)
     run = RunDirectory(config.output)
     run.must_be_free()
-    rows, held_out = _read(config)
-    return _train(config, run, rows, held_out, quiet, resume=False)
+    return _train(config, run, prepare(config), quiet, resume=False)
 
 
 def resume(path: str | Path, *, quiet: bool = False) -> Run:
     """Continue the run in `path` from its newest checkpoint: weights, optimizer, schedule, RNG and order of rows."""
     run = RunDirectory(path)
-    config = schema.parse(run.config())
+    config = parse.parse(run.config())
     run.last_checkpoint()  # the error comes before the base is loaded
-    rows, held_out = _read(config)
-    return _train(config, run, rows, held_out, quiet, resume=True)
+    return _train(config, run, prepare(config), quiet, resume=True)
 
 
-def _read(config: Config) -> tuple[Rows, Rows | None]:
-    train = config.data.train
-    rows = read_rows(list(train) if isinstance(train, tuple) else train)
-    if isinstance(config.data.eval, float):
-        return split(rows, config.data.eval)
-    return rows, read_rows(config.data.eval) if config.data.eval else None
-
-
-def _train(config: Config, run: RunDirectory, rows: Rows, held_out: Rows | None, quiet: bool, resume: bool) -> Run:
+def _train(config: Config, run: RunDirectory, data: Prepared, quiet: bool, resume: bool) -> Run:
     began = time.monotonic()
-    base = load_base(config.model, dtype=config.train.dtype)
-    encoded, evaluated, report = _encode(config, base, rows, held_out)
-    steps, every = _steps(config, len(encoded))
+    report = data.report
+    steps, every = _steps(config, len(data.encoded))
+    base = dataclasses.replace(load_base(config.model, dtype=config.train.dtype), tokenizer=data.tokenizer)
     set_seed(config.train.seed)
     chosen = config.adapter
     plan = attach(
@@ -110,13 +99,16 @@ def _train(config: Config, run: RunDirectory, rows: Rows, held_out: Rows | None,
         highlight=False,
     )
     progress.console.print(str(report), highlight=False)
-    progress.console.print(_shown(preview(encoded[0], base.tokenizer)), highlight=False, markup=False)
+    progress.console.print(data.shown(), highlight=False, markup=False, soft_wrap=True)
+    lengths = [len(row.ids) for row in data.encoded]
+    packing = use_packing(config.data.packing, base.model, lengths, config.train.batch_size)
     base.model.train()
     trainer = AdapterTrainer(
-        base.model, run, config.train, steps, every, encoded, evaluated, Collator(base.tokenizer),
+        base.model, run, config.train, steps, every, data.encoded, data.held_out,
+        Collator(base.tokenizer, packing=packing),
         [Events(run), GradientCheck(run, NAME), stop, progress],
     )  # fmt: skip
-    before = {} if resume or not evaluated else {"base": trainer.evaluate()["eval_loss"]}
+    before = {} if resume or not data.held_out else {"base": trainer.evaluate()["eval_loss"]}
     run.log("resume" if resume else "start", steps=steps, trainable=plan.trainable)
     checkpoint = str(run.last_checkpoint()) if resume else None
     try:
@@ -129,7 +121,7 @@ def _train(config: Config, run: RunDirectory, rows: Rows, held_out: Rows | None,
         run.log("interrupted", step=reached)
         raise TrainError(f"interrupted at step {reached} of {steps}; continue with: deltaw train --resume {run.path}")
     base.model.eval()
-    losses = {**before, **_losses(trainer, evaluated)}
+    losses = {**before, **_losses(trainer, data.held_out)}
     facts = {
         "losses": losses,
         "steps": reached,
@@ -139,22 +131,6 @@ def _train(config: Config, run: RunDirectory, rows: Rows, held_out: Rows | None,
     directory.write(_described(config, base, extract(base.model, NAME), facts), run.adapter)
     run.log("end", **facts)
     return Run(run.path, run.adapter, plan, reached, facts["seconds"], losses)
-
-
-def _encode(
-    config: Config, base: Base, rows: Rows, held_out: Rows | None
-) -> tuple[list[Encoded], list[Encoded], DataReport]:
-    length = config.data.max_length or base.max_length
-    encoded, report = encode_rows(rows, base.tokenizer, length, train_on_prompt=config.data.train_on_prompt)
-    if held_out is None:
-        return encoded, [], report
-    return encoded, encode_rows(held_out, base.tokenizer, length)[0], report
-
-
-def _shown(row: str, most: int = 600) -> str:
-    """The first row as the model sees it: a wrong template or mask is seen here before it is paid for."""
-    cut = row if len(row) <= most else f"{row[: most // 2]} … {row[-most // 2 :]}"
-    return "first row, learnt between ⟦ and ⟧:\n" + "\n".join(f"  {line}" for line in cut.rstrip("\n").split("\n"))
 
 
 def _steps(config: Config, rows: int) -> tuple[int, int]:

@@ -1,0 +1,27 @@
+"""deltaw plan: what a run would learn from, before any weight is loaded."""
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from deltaw.cli.app import Json, app, show
+from deltaw.cli.base import parsed
+
+
+@app.command()
+def plan(
+    config: Annotated[
+        list[str], typer.Argument(help="As for train: a YAML file, section.key=value overrides, or both.")
+    ],
+    rows: Annotated[int, typer.Option(help="Rows to show, with what they learn.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Rows, drops and lengths, and the first rows as the model will see them, with what they learn marked."""
+    given = parsed(config)
+    from deltaw.training.prepare import prepare
+
+    data = prepare(given)
+    record = {**dataclasses.asdict(data.report), "held_out": len(data.held_out), "shown": data.previews(rows)}
+    held_out = f"\nheld out {len(data.held_out):,} rows" if data.held_out else "\nheld out none"
+    show(record, as_json, f"{data.report}{held_out}\n{data.shown(rows)}")
