@@ -157,7 +157,7 @@ class Mutation:
 class ForgetsScale(LoRAAdapter):
     """The notes' y = W·x + (B·A)·x beside a merge of W + B·A·α/r."""
 
-    def low_rank(self, host: Any, x: Tensor) -> Tensor:
+    def low_rank(self, host: Any, x: Tensor, scale: Any) -> Tensor:
         return host.low_rank(x, self.lora_A, self.lora_B)
 
 

@@ -14,6 +14,7 @@ from core import tiny
 from deltaw.core import route
 from deltaw.core.adapter import Adapter
 from deltaw.core.attach import attach, detach, extract, insert
+from deltaw.core.carried import here
 from deltaw.core.errors import UseError
 from deltaw.core.host import HostSpec, ParameterHost
 from deltaw.core.merge import merge, unmerge
@@ -56,14 +57,12 @@ def test_each_route_is_the_weighted_sum(model: nn.Module) -> None:
 
 def test_leaving_the_block_restores_exactly_what_was_live(model: nn.Module) -> None:
     use(model, {"c": 0.5, "b": 1.0, "a": 2.0})
-    before = [module.__dict__["live"] for module in route.adapted_modules(model)]
+    before = [here(module).live for module in route.adapted_modules(model)]
     with use(model, "a"):
         with use(model, {"b": 0.1}):
             assert live(model) == pytest.approx({"b": 0.1})
         assert live(model) == {"a": 1.0}
-    assert all(
-        module.__dict__["live"] is tuple_ for module, tuple_ in zip(route.adapted_modules(model), before, strict=True)
-    )
+    assert all(here(module).live is tuple_ for module, tuple_ in zip(route.adapted_modules(model), before, strict=True))
     with pytest.raises(ZeroDivisionError), use(model, {}):
         1 / 0  # noqa: B018
     assert live(model) == {"c": 0.5, "b": 1.0, "a": 2.0}

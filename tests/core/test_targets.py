@@ -112,7 +112,7 @@ def test_exclude_and_layers() -> None:
     ("arguments", "sentence"),
     [
         ({"layers": "1-3"}, "layers [2, 3] hold no target; targets are in layers [0, 1]"),
-        ({"layers": "a-b"}, "layers='a-b' is not a range: write for example '0-3,7'"),
+        ({"layers": "a-b"}, "layers='a-b' is not a range of layer numbers: write for example '0-3,7'"),
         ({"exclude": "x_proj"}, "exclude='x_proj' takes nothing away from the targets"),
     ],
 )
@@ -169,7 +169,9 @@ def test_a_rank_above_both_dimensions() -> None:
 
 def test_the_attention_of_torch_is_refused_by_name_and_left_out_of_presets() -> None:
     model = nn.TransformerEncoderLayer(16, 2, 32)
-    sentence = "nn.MultiheadAttention reads the parameters of out_proj itself, an adapter there would be ignored"
+    sentence = (
+        "MultiheadAttention.forward reads its weight itself instead of calling it, an adapter there would be ignored"
+    )
     for method in (LORA, Full()):
         with pytest.raises(TargetError, match=sentence):
             plan(model, method, "out_proj")

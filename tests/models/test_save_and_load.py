@@ -98,7 +98,7 @@ def test_only_the_loaded_adapter_is_live_and_frozen(tmp_path: Path) -> None:
     deltaw.load(model, tmp_path, name="third")
     assert torch.equal(model(X), expected)
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".third." in n)
-    with pytest.raises(UseError, match="already carries adapter 'third'"):
+    with pytest.raises(UseError, match="an adapter 'third' is attached already"):
         deltaw.load(model, tmp_path, name="third")
     assert torch.equal(model(X), expected)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from deltaw.core.host import Host, WeightHost
+from deltaw.core.host import Host, HostSpec, WeightHost
 
 Call = Callable[..., Any]
 
@@ -30,6 +30,8 @@ class Adapter(nn.Module):
     name: str
     """The adapter's name in the model, and its resolved `method`: both set when it is attached."""
     method: Any
+    spec: HostSpec
+    """The shape it was made for: of an adapter that follows ties, that of its own site."""
 
     def start_from(self, host: Any) -> None:
         """Set initial values that depend on the base (magnitudes, copies). Called by `attach`, not by `insert`."""
@@ -46,7 +48,7 @@ class WeightAdapter(Adapter):
     """An adapter whose change can be written into the weight: strength w scales ΔW = merged(W) − W."""
 
     def merged(self, weight: Tensor) -> Tensor:
-        """Canonical weight with the change, fp32 in and fp32 out, pure."""
+        """Canonical weight with the change, pure; fp32 in and fp32 out (fp64 where the base is that)."""
         raise NotImplementedError
 
     def factors(self) -> Factors | None:
@@ -59,9 +61,14 @@ class WeightAdapter(Adapter):
         full = weight.float()
         return host.op(x, (self.merged(full) - full).to(weight.dtype))
 
+    def weighted(self, host: Any, x: Tensor, strength: Tensor) -> Tensor:
+        """The branch at another strength, multiplied in fp32. Override where a smaller tensor can take the factor."""
+        change = self.branch(host, x)
+        return (strength * change.float()).to(change.dtype)
+
     def forward(self, host: Any, call: Call, strength: Tensor | None, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        y, change = call(input, *args, **kwargs), self.branch(host, input)
-        return y + (change if strength is None else strength.to(change.dtype) * change)
+        y = call(input, *args, **kwargs)
+        return y + (self.branch(host, input) if strength is None else self.weighted(host, input, strength))
 
 
 def compute_dtype(host: WeightHost | Host, x: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Attaching = class swap + child module + around-call adapters.
+"""attach, detach, extract, insert: adapters on a model, and off it again.
 
     model.q_proj                 type Linear          →  AdaptedLinear(Adapted, Linear)
     model.q_proj.weight          untouched, frozen
@@ -6,67 +6,25 @@
     model.q_proj(x)              adapter_n(… adapter_1(Linear.forward) …)(x)
 
 The host keeps its identity: keys, `isinstance` and base tensors stay what they were, and `detach` restores class,
-keys, flags and outputs to the bit. Attach after quantising and before sharding.
+keys, flags and outputs to the bit. Attach after quantising and before sharding. How a module is changed is in
+`core.place`, what is refused in `core.guards`.
 """
 
-import functools
-import types
 from collections.abc import Iterable
-from typing import Any, ClassVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from deltaw.core import guards, route
 from deltaw.core import targets as planning
 from deltaw.core.adapter import Adapter
-from deltaw.core.base import identify
+from deltaw.core.base import identify, unwrapped
+from deltaw.core.carried import carried, here, vanished
 from deltaw.core.errors import FileError, UseError, did_you_mean, faults
 from deltaw.core.host import host_of
 from deltaw.core.method import Method, Site
+from deltaw.core.place import base_class_of, place, remove
 from deltaw.core.state import AdapterState, misfit
 from deltaw.core.targets import TargetPlan, Targets
-
-
-class Adapted:
-    """Mixin in front of a host's class. All but the child module `adapters` are plain values in `__dict__`."""
-
-    base_class: ClassVar[type[nn.Module]]
-    adapters: nn.ModuleDict
-    """Name → slot → Adapter: what holds the trained tensors."""
-    entries: dict[str, tuple[route.Live, ...]]
-    """Name → its adapters here, ready to be made live."""
-    live: tuple[route.Live, ...]
-    """What acts now."""
-    merged: tuple[str, ...]
-    """Names whose change is in the weights; never live."""
-    pristine: dict[str, Tensor]
-    """Slot → the base's own parameter, while a merged weight or a trained copy stands in its place."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = super().forward  # type: ignore[misc]
-        for adapter, host, strength in self.live:  # the first is innermost; additive ones commute
-            call = functools.partial(adapter, host, call, strength)
-        return call(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # A class made at run time cannot be pickled by name: rebuild it from the base class.
-        return (_blank, (self.base_class,), *super().__reduce_ex__(protocol)[2:])  # type: ignore[index]
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` with Adapted in front, made once."""
-    if base not in _CLASSES:
-        facts = {"base_class": base, "__module__": base.__module__}
-        _CLASSES[base] = type(f"Adapted{base.__name__}", (Adapted, base), facts)
-    return _CLASSES[base]
-
-
-def _blank(base: type[nn.Module]) -> nn.Module:
-    cls = adapted_class(base)
-    return cls.__new__(cls)
 
 
 def attach(
@@ -76,7 +34,7 @@ def attach(
     targets: Targets,
     name: str = "default",
     exclude: Targets = (),
-    layers: str | Iterable[int] | None = None,
+    layers: str | int | Iterable[int] | None = None,
 ) -> TargetPlan:
     """Attach fresh adapters of `method` to the modules that `targets` names, and make them the trainable ones.
 
@@ -86,32 +44,41 @@ def attach(
     targets: preset, name, pattern or several (see `deltaw.core.targets`); exclude: the same, taken away; layers: "0-3".
     Returns the plan that was carried out. Raises TargetError, with nothing touched, when a target cannot be adapted.
     """
+    model = unwrapped(_module(model))
+    if not isinstance(method, Method):
+        raise UseError(f"{method!r} is not a method: give one with its options, for example deltaw.LoRA(rank=16)")
     plan = planning.plan(model, method, targets, exclude=exclude, layers=layers)
-    sites = {target.site: target.method for target in plan.targets}
-    guards.admit(model, name, sites)
-    for target in plan.targets:
-        adapter = target.method.build(target.spec)
+    guards.admit(model, name, {target.site: target.method for target in plan.targets})
+    built = []
+    for target in plan.targets:  # all of them before the first is placed
         host = host_of(model.get_submodule(target.site.path), target.site.slot, target.method.host)
-        adapter.to(host.device)
+        adapter = target.method.build(target.spec).to(host.device)
+        if host.device.type == "meta" and type(adapter).start_from is not Adapter.start_from:
+            raise UseError(
+                f"{target.site}: {target.method.name} starts from the base's weights, which are not there (meta)"
+            )
         adapter.start_from(host)
-        _place(model, name, target.site, adapter, target.method)
-    _finish(model, name)
+        built.append((target.site, adapter, target.method))
+    place(model, name, built)
+    _train(model, name)
     return plan
 
 
 def detach(model: nn.Module, name: str = "default") -> None:
     """Remove adapter `name`. With the last one go class swap, children and frozen flags: the base is itself again."""
+    model = unwrapped(model)
     known(model, name)
     guards.unmerged(model, name)
-    for module in route.adapted_modules(model):
-        remove(module, name)
+    modules = route.adapted_modules(model)
+    guards.intact(modules, name)
+    for module in modules:
+        remove(module, name, model)
     route.changed()
-    if not route.adapted_modules(model):
-        guards.release(model)
 
 
 def extract(model: nn.Module, name: str = "default") -> AdapterState:
     """Adapter `name` as a state: copies of its tensors on the CPU, its methods, and the identity of the base."""
+    model = unwrapped(model)
     there = adapters(model, name)
     methods = {site: adapter.method for site, adapter in there.items()}
     tensors = {
@@ -124,12 +91,23 @@ def extract(model: nn.Module, name: str = "default") -> AdapterState:
 
 def adapters(model: nn.Module, name: str = "default") -> dict[Site, Adapter]:
     """The live modules of adapter `name`, by site."""
+    model = unwrapped(model)
     known(model, name)
-    found: dict[int, tuple[Site, Adapter]] = {}  # one that follows ties sits in several modules: the first counts
+    gone = vanished(model, name)
+    if gone:
+        raise UseError(
+            f"{name!r} was attached to {', '.join(gone[:4])}, where it is no longer: those modules were replaced. "
+            "Attach after changing the model, or detach first"
+        )
+    found: dict[int, tuple[Site, Adapter, bool]] = {}
     for path, module in model.named_modules():
-        for adapter, host, _ in module.__dict__.get("entries", {}).get(name, ()):
-            found.setdefault(id(adapter), (Site(path, host.slot), adapter))
-    return dict(found.values())
+        there = carried(module)
+        for adapter, host, _ in there.entries.get(name, ()) if there is not None else ():
+            # one that follows ties sits in several modules: the first of the kind it was made for counts
+            own = host.spec == adapter.spec
+            if id(adapter) not in found or (own and not found[id(adapter)][2]):
+                found[id(adapter)] = (Site(path, host.slot), adapter, own)
+    return {site: adapter for site, adapter, _ in found.values()}
 
 
 def insert(model: nn.Module, state: AdapterState, *, name: str = "default") -> None:
@@ -138,19 +116,25 @@ def insert(model: nn.Module, state: AdapterState, *, name: str = "default") -> N
     Every tensor must land: paths the model does not have, shapes that do not fit and non-finite values are one
     FileError, raised before the model is touched. Whether the base is the right one is `load`'s question.
     """
+    model = unwrapped(model)
+    if not isinstance(state, AdapterState):
+        raise UseError(f"{type(state).__name__} is not an AdapterState: make one with deltaw.extract, or load a folder")
+    guards.unmerged(model, name)
+    if name in route.names(model):
+        raise UseError(f"an adapter {name!r} is attached already: choose another name, or detach it first")
     found = fit(model, state)
     if found:
         raise faults(
             FileError, "the adapter does not fit this model", [f"{site}: {why}" for site, why in found.items()]
         )
     guards.admit(model, name, state.methods)
-    for site, method in sorted(state.methods.items(), key=lambda item: item[1].follows_ties):
+    built = []
+    for site, method in state.methods.items():
         host = host_of(model.get_submodule(site.path), site.slot, method.host)
         adapter = method.build(host.spec)
         adapter.load_state_dict(dict(state.tensors[site]))
-        adapter.to(host.device).requires_grad_(False)
-        _place(model, name, site, adapter, method)
-    _finish(model, None)
+        built.append((site, adapter.to(host.device).requires_grad_(False), method))
+    place(model, name, built)
     route.apply(route.adapted_modules(model), {name: 1.0})
 
 
@@ -163,8 +147,10 @@ def fit(model: nn.Module, state: AdapterState) -> dict[Site, str]:
         host = None if module is None else host_of(module, site.slot, method.host)
         if module is None:
             found[site] = f"the model has no such module{did_you_mean(site.path, modules)}"
+        elif any(p.device.type == "meta" for p in module._parameters.values() if p is not None):
+            found[site] = "the base's weights are not there (meta device): load or materialise the base first"
         elif host is None or not host.has(module, site.slot):
-            found[site] = f"{_class(module).__name__} cannot carry {method.name} at {site.slot!r}"
+            found[site] = f"{base_class_of(module).__name__} cannot carry {method.name} at {site.slot!r}"
         elif (
             reason := guards.bypassed(model, site.path)
             or host.fault()
@@ -176,21 +162,26 @@ def fit(model: nn.Module, state: AdapterState) -> dict[Site, str]:
 
 def trainable(model: nn.Module, name: str = "default") -> None:
     """Make exactly the tensors of adapter `name` require a gradient, e.g. to train a loaded adapter further."""
+    model = unwrapped(model)
     known(model, name)
     guards.unmerged(model, name)
-    _finish(model, name)
+    _train(model, name)
 
 
-def _finish(model: nn.Module, name: str | None) -> None:
-    route.changed()
+def _train(model: nn.Module, name: str) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
     modules = route.adapted_modules(model)
-    if name is not None:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for module in modules:
-            for adapter, _, _ in module.__dict__["entries"].get(name, ()):
-                adapter.requires_grad_(True)
-        route.apply(modules, {name: 1.0})
+    for module in modules:
+        for adapter, _, _ in here(module).entries.get(name, ()):
+            adapter.requires_grad_(True)
+    route.apply(modules, {name: 1.0})
+
+
+def _module(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise UseError(f"{model!r} is not a model: give a torch.nn.Module")
+    return model
 
 
 def known(model: nn.Module, name: str) -> None:
@@ -199,50 +190,3 @@ def known(model: nn.Module, name: str) -> None:
     if name not in there:
         listed = ", ".join(there) or "none"
         raise UseError(f"no adapter {name!r} is attached{did_you_mean(name, there)} (attached: {listed})")
-
-
-def _class(module: nn.Module) -> type[nn.Module]:
-    return getattr(type(module), "base_class", type(module))
-
-
-def _place(model: nn.Module, name: str, site: Site, adapter: Adapter, method: Method) -> None:
-    """Add an adapter to the module at `site`, and where it follows ties to every module with the same parameter."""
-    first = model.get_submodule(site.path)
-    table = first._parameters.get(site.slot) if method.follows_ties else None
-    others = [] if table is None else [module for module in model.modules() if module is not first]
-    tied = [module for module in others if module._parameters.get(site.slot) is table]
-    free = [module for module in tied if not guards.carries(module, name, site.slot)]  # a trained copy there goes first
-    for module in (first, *free):
-        _add(module, name, site.slot, adapter, method, host_of(module, site.slot, method.host))
-
-
-def _add(module: nn.Module, name: str, slot: str, adapter: Adapter, method: Method, host: Any) -> None:
-    if "entries" not in module.__dict__:
-        module.__class__ = adapted_class(type(module))
-        module.__dict__.update(live=(), entries={}, pristine={}, merged=())
-        module.add_module("adapters", nn.ModuleDict())
-        if "_old_forward" in module.__dict__:  # accelerate's hooks call this: let it be ours
-            module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
-    adapter.method, adapter.name = method, name
-    adapter.train(module.training)
-    here = cast(Adapted, module)
-    if name not in here.adapters:
-        here.adapters[name] = nn.ModuleDict()
-    cast(nn.ModuleDict, here.adapters[name])[slot] = adapter
-    here.entries[name] = (*here.entries.get(name, ()), (adapter, host, None))
-
-
-def remove(module: nn.Module, name: str) -> None:
-    """Take adapter `name` off one module; with the last one the module gets its own class back."""
-    here = cast(Adapted, module)
-    if name not in here.entries:
-        return
-    del here.entries[name], here.adapters[name]
-    module.__dict__["live"] = tuple(entry for entry in here.live if entry[0].name != name)
-    if not here.entries:
-        del here.adapters
-        for key in ("live", "entries", "pristine", "merged"):
-            del module.__dict__[key]
-        module.__class__ = here.base_class
-        if "_old_forward" in module.__dict__:
-            module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter
+from deltaw.core.carried import carried
 
 SAMPLED, VALUES = 24, 8
 
@@ -48,11 +49,7 @@ class BaseIdentity:
             mine, theirs = self.samples[path], other.samples[path]
             if mine.shape != theirs.shape:
                 return f"{path} has shape {_x(mine.shape)} in {self.name!r} and {_x(theirs.shape)} in {other.name!r}"
-            a, b = (torch.tensor(s.values, dtype=torch.float64) for s in (mine, theirs))
-            kinds = [torch.finfo(getattr(torch, s.dtype)) for s in (mine, theirs)] if mine.dtype != theirs.dtype else []
-            near = max((kind.eps for kind in kinds), default=0.0)
-            least = max((kind.smallest_normal * kind.eps for kind in kinds), default=0.0)  # fp16 is coarse near zero
-            if not torch.all((a - b).abs() <= near * torch.maximum(a.abs(), b.abs()) + least):
+            if not _same(mine, theirs):
                 return f"the values of {path} differ between {self.name!r} and {other.name!r}, though the shapes agree"
         return None
 
@@ -72,8 +69,23 @@ class BaseIdentity:
         return BaseIdentity(record["name"], record["layer"], samples)
 
 
+def _same(mine: Sample, theirs: Sample) -> bool:
+    """Equal, or one is the other rounded to bf16 or fp16, whatever dtype it is held in now."""
+    a, b = (torch.tensor(s.values, dtype=torch.float64) for s in (mine, theirs))
+    if torch.equal(a, b):
+        return True
+    for coarse in (torch.bfloat16, torch.float16):
+        rounded = [x.to(coarse).double() for x in (a, b)]
+        info = torch.finfo(coarse)
+        near = info.eps * torch.maximum(a.abs(), b.abs()) + info.smallest_normal * info.eps  # fp16 is coarse near zero
+        if any(torch.equal(x, r) for x, r in zip((a, b), rounded, strict=True)) and torch.all((a - b).abs() <= near):
+            return True
+    return False
+
+
 def identify(model: nn.Module) -> BaseIdentity:
     """The identity of the base under `model`, adapters left out. Reads a few hundred values."""
+    model = unwrapped(model)
     named = [(p, t) for p, t in base_parameters(model) if t.is_floating_point() and t.device.type != "meta" and t.ndim]
     config = getattr(model, "config", None)
     name = str(getattr(config, "_name_or_path", "") or "")
@@ -97,20 +109,27 @@ def sample(named: Sequence[tuple[str, Tensor]]) -> dict[str, Sample]:
     return result
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where torch.compile stands around it: paths are those of the base."""
+    inner = model._modules.get("_orig_mod")
+    return inner if isinstance(inner, nn.Module) else model
+
+
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Named modules of the base: without the adapters and what holds them."""
-    holders = [module.get_submodule("adapters") for module in model.modules() if "entries" in module.__dict__]
+    holders = [module.get_submodule("adapters") for module in model.modules() if carried(module) is not None]
     owned = {id(module) for holder in holders for module in holder.modules()}
     return ((path, module) for path, module in model.named_modules() if id(module) not in owned)
 
 
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Named parameters of the base, all that does not live under an Adapter; pristine copies stand for merged ones."""
     owned = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
     pristine = {
         id(module._parameters[slot]): kept
         for module in model.modules()
-        for slot, kept in module.__dict__.get("pristine", {}).items()
+        if (there := carried(module)) is not None
+        for slot, kept in there.pristine.items()
     }
     for path, parameter in model.named_parameters():
         if id(parameter) not in owned:

@@ -8,43 +8,44 @@ Each has a test of its own in tests/core/test_guards.py.
     forward replaced on the instance    it shadows the class: the adapter would never be called
     'adapters' or parametrizations      names we would overwrite, tensors we would not see
     save_pretrained while attached      would write adapter keys into the base's file
-    out_proj of MultiheadAttention      the attention reads its parameters itself (`bypassed`)
+    weights read by the code above      an adapter's module is never called there (`bypassed`, from the source)
     encoder fast path                   reads the weights of its linears itself: switched off
 """
 
-import itertools
+import functools
+import inspect
 import re
 import sys
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from deltaw.core import route
-from deltaw.core.base import base_parameters
+from deltaw.core.carried import Root, carried, forget, held, here
 from deltaw.core.errors import UseError, faults
 from deltaw.core.method import Method, Site
 
-_order = itertools.count()
-
 
 def admit(model: nn.Module, name: str, sites: Mapping[Site, Method]) -> None:
-    """Refuse what would be ignored, overwritten or wrong; nothing has been touched yet. Then set the guards."""
+    """Refuse what would be ignored, overwritten or wrong. Nothing is touched."""
     found: list[str] = []
-    if not re.fullmatch(r"[\w\-]+", name) or hasattr(nn.ModuleDict(), name):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w\-]+", name) or hasattr(nn.ModuleDict(), name):
         raise UseError(
             f"an adapter cannot be called {name!r}: use letters, digits, '_' and '-', "
             "and no name of an nn.Module attribute"
         )
     unmerged(model, name)
-    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    if fsdp is not None and any(isinstance(module, fsdp) for module in model.modules()):
-        raise UseError("the model is already sharded (fully_shard): attach after quantising and before sharding")
+    if sharded(model):
+        raise UseError(
+            "the model is already sharded (FSDP or tensor parallel): attach after quantising and before sharding"
+        )
     for site in sites:
         module = model.get_submodule(site.path)
         if carries(module, name, site.slot):
             found.append(f"{site} already carries adapter {name!r}: choose another name, or detach it first")
-        if "entries" in module.__dict__:
+        if carried(module) is not None:
             continue
         if not _forward_is_the_classes(module):
             found.append(
@@ -56,46 +57,98 @@ def admit(model: nn.Module, name: str, sites: Mapping[Site, Method]) -> None:
             )
     if found:
         raise faults(UseError, f"cannot attach {name!r}", found)
-    if "_required_grad" not in model.__dict__:
-        flags = {path for path, parameter in base_parameters(model) if parameter.requires_grad}
-        model.__dict__["_required_grad"] = (next(_order), flags)
-        if hasattr(type(model), "save_pretrained"):
-            model.__dict__["save_pretrained"] = _SavingRefused()
-    _no_fast_path(model, [site.path for site in sites])
+
+
+def set_guards(model: nn.Module, paths: Iterable[str]) -> None:
+    """Switch off, for as long as adapters are attached, what would ignore them or mix them into the base's file."""
+    for module in model.modules():
+        if hasattr(type(module), "save_pretrained") and "save_pretrained" not in module.__dict__:
+            module.__dict__["save_pretrained"] = _SavingRefused()
+    flags = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+    for above in {".".join(path.split(".")[:i]) for path in paths for i in range(path.count(".") + 1)}:
+        module = model.get_submodule(above)
+        for kind, flag in flags.items():
+            if isinstance(module, kind) and held(module).fast_path is None:
+                held(module).fast_path = (flag, getattr(module, flag))
+                setattr(module, flag, 0)
+
+
+def release(root: Root, model: nn.Module) -> None:
+    """After the last adapter of a root: flags, guards and caches back to what they were."""
+    for module in forget(root, model):
+        if isinstance(module.__dict__.get("save_pretrained"), _SavingRefused):
+            del module.__dict__["save_pretrained"]
+
+
+def sharded(model: nn.Module) -> bool:
+    """Are weights of the model spread over several devices or processes already?"""
+    parallel = sys.modules.get("torch.distributed.fsdp")
+    kinds = tuple(
+        getattr(parallel, kind) for kind in ("FSDPModule", "FullyShardedDataParallel") if hasattr(parallel, kind)
+    )
+    tensors = sys.modules.get("torch.distributed.tensor")
+    spread = getattr(tensors, "DTensor", ()) if tensors is not None else ()
+    return any(isinstance(module, kinds) for module in model.modules()) or any(
+        isinstance(parameter, spread) for parameter in model.parameters()
+    )
+
+
+def intact(modules: Iterable[nn.Module], name: str) -> None:
+    """Refuse to take adapters off modules whose class was changed after they were attached."""
+    changed = [type(m).__name__ for m in modules if name in here(m).entries and "base_class" not in type(m).__dict__]
+    if changed:
+        raise UseError(
+            f"{name!r} sits on modules that were parametrized or sharded after it was attached ({', '.join(changed[:4])}): "
+            "undo that first, then detach"
+        )
 
 
 def carries(module: nn.Module, name: str, slot: str) -> bool:
     """Does the module have an adapter `name` on this slot?"""
-    return any(host.slot == slot for _, host, _ in module.__dict__.get("entries", {}).get(name, ()))
+    there = carried(module)
+    return there is not None and any(host.slot == slot for _, host, _ in there.entries.get(name, ()))
 
 
 def unmerged(model: nn.Module, name: str) -> None:
     """Refuse to go on while adapter `name` is merged."""
-    if any(name in module.__dict__["merged"] for module in route.adapted_modules(model)):
+    if any(name in here(module).merged for module in route.adapted_modules(model)):
         raise UseError(f"{name!r} is merged into the weights: unmerge the model first")
 
 
 def bypassed(model: nn.Module, path: str) -> str | None:
-    """Why the forward of the module at `path` is never called, so that an adapter there would be ignored; or None."""
-    above, _, name = path.rpartition(".")
-    if path and isinstance(model.get_submodule(above), nn.MultiheadAttention) and name == "out_proj":
-        return "nn.MultiheadAttention reads the parameters of out_proj itself, an adapter there would be ignored"
+    """Why an adapter on the module at `path` would be ignored: code above it reads the weight itself; or None."""
+    parts = path.split(".") if path else []
+    for count in range(1, min(3, len(parts)) + 1):
+        name = ".".join(parts[-count:])
+        owner = model.get_submodule(".".join(parts[:-count]))
+        cls: Any = getattr(type(owner), "base_class", type(owner))
+        method = None if issubclass(cls, nn.TransformerEncoderLayer) else _reader(cls, name)
+        if method:
+            return f"{cls.__name__}.{method} reads its weight itself instead of calling it, an adapter there would be ignored"
     return None
 
 
-def release(model: nn.Module) -> None:
-    """After the last adapter: flags, guards and caches back to what they were."""
-    records = []
-    for module in model.modules():
-        module.__dict__.pop("save_pretrained", None)
-        module.__dict__.pop("_adapted", None)
-        if "_fast_path" in module.__dict__:
-            setattr(module, *module.__dict__.pop("_fast_path"))
-        if "_required_grad" in module.__dict__:
-            records.append((*module.__dict__.pop("_required_grad"), module))
-    for _, flags, module in sorted(records, key=lambda record: record[0], reverse=True):  # the first to attach wins
-        for path, parameter in module.named_parameters():
-            parameter.requires_grad_(path in flags)
+@functools.cache
+def _reader(cls: Any, name: str) -> str | None:
+    """The method of a class that computes with `self.<name>.weight`; questions about its dtype or shape do not count."""
+    asks = r"\.(?:dtype|device|shape|size|ndim|dim|data|numel|requires_grad)\b"
+    reads = re.compile(rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!\s*=[^=]|\[|{asks})")
+    return next((method for method, text in _sources(cls) if reads.search(text)), None)
+
+
+@functools.cache
+def _sources(cls: Any) -> list[tuple[str, str]]:
+    """Source of every method that a forward may run."""
+    found = []
+    for name in dir(cls):
+        function = inspect.getattr_static(cls, name)
+        own = isinstance(function, types.FunctionType) and function is not getattr(nn.Module, name, None)
+        if own and not re.search("init|reset|tie|load|^__", name):
+            try:
+                found.append((name, inspect.getsource(inspect.unwrap(function))))
+            except (OSError, TypeError):  # made at run time: there is no text to read
+                continue
+    return found
 
 
 def _forward_is_the_classes(module: nn.Module) -> bool:
@@ -113,14 +166,3 @@ class _SavingRefused:
             "save_pretrained on a model with adapters attached would mix their tensors into the base's file: "
             "deltaw.save(model, path) writes the adapter, deltaw.merge(model) first gives a plain model to save"
         )
-
-
-def _no_fast_path(model: nn.Module, paths: Iterable[str]) -> None:
-    """nn.TransformerEncoderLayer's inference fast path reads the weights of its linears itself: switch it off."""
-    flags = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
-    for above in {".".join(path.split(".")[:i]) for path in paths for i in range(path.count(".") + 1)}:
-        module = model.get_submodule(above)
-        for kind, flag in flags.items():
-            if isinstance(module, kind) and "_fast_path" not in module.__dict__:
-                module.__dict__["_fast_path"] = (flag, getattr(module, flag))
-                setattr(module, flag, 0)

@@ -13,6 +13,7 @@ layer is, so that N methods and M kinds of layer need N + M pieces of code:
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core import plugins
+from deltaw.core.carried import carried, here
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Host:
     @property
     def parameter(self) -> Tensor:
         """The base's own parameter behind the slot: the pristine one while a merge or a trained copy stands for it."""
-        pristine = self.module.__dict__.get("pristine", {}).get(self.slot)
+        found = carried(self.module)
+        pristine = found.pristine.get(self.slot) if found is not None else None
         return self.stored if pristine is None else pristine
 
     @property
@@ -163,23 +166,37 @@ class ParameterHost(Host):
         with torch.no_grad():
             self.stored.copy_(weight)
 
+    def fault(self) -> str | None:
+        kind = type(self.module).__name__
+        if isinstance(self.module, nn.ParameterList | nn.ParameterDict):
+            return f"a {kind} is never called, a trained copy there would be ignored"
+        computes = [type(hook) for hook in self.module._forward_pre_hooks.values() if hasattr(hook, "compute_weight")]
+        if computes:
+            return f"{computes[0].__name__} computes the weight of this {kind} before every call: remove it first"
+        return None
+
     @contextlib.contextmanager
     def replaced(self, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
-        """Run the module with change(current, base) in place of the parameter; several replacements nest."""
+        """Run the module with change(current, base) in place of the parameter; several replacements nest.
+
+        The module itself is changed while it runs, so threads take turns.
+        """
         parameters: dict[str, Any] = self.module._parameters
-        pristine = self.module.__dict__["pristine"]
-        current, outermost = self.stored, self.slot not in pristine
-        if outermost:
-            pristine[self.slot] = current
-        try:
-            parameters[self.slot] = change(current, self.weight)
-            yield
-        finally:
-            parameters[self.slot] = current
+        pristine = here(self.module).pristine
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else _REPLACING:
+            current, outermost = self.stored, self.slot not in pristine
             if outermost:
-                del pristine[self.slot]
+                pristine[self.slot] = current
+            try:
+                parameters[self.slot] = change(current, self.weight)
+                yield
+            finally:
+                parameters[self.slot] = current
+                if outermost:
+                    del pristine[self.slot]
 
 
+_REPLACING = threading.RLock()
 _KINDS: dict[str, list[type[Host]]] = {}  # qualified name of a layer class → views of it
 
 

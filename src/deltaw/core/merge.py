@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.core import route
+from deltaw.core import guards, route
 from deltaw.core.adapter import Adapter, WeightAdapter
-from deltaw.core.attach import known, remove
+from deltaw.core.attach import known
+from deltaw.core.base import unwrapped
+from deltaw.core.carried import here
 from deltaw.core.errors import MergeError, faults
-from deltaw.core.guards import release
 from deltaw.core.host import Host
+from deltaw.core.place import remove
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,13 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = False) -
     adapters whose change would no longer be the same, values that are not finite in the weight's dtype, and a change
     that is zero everywhere. Raises MergeError.
     """
+    model = unwrapped(model)
     known(model, name)
-    modules = [module for module in route.adapted_modules(model) if name in module.__dict__["entries"]]
-    if any(name in module.__dict__["merged"] for module in modules):
+    modules = [module for module in route.adapted_modules(model) if name in here(module).entries]
+    guards.intact(modules, name)
+    if any(name in here(module).merged for module in modules):
         raise MergeError(f"{name!r} is merged already: unmerge the model before merging it again")
-    entries = [entry for module in modules for entry in module.__dict__["entries"][name]]
+    entries = [entry for module in modules for entry in here(module).entries[name]]
     work = [(adapter, host) for adapter, host, _ in {id(entry[0]): entry for entry in reversed(entries)}.values()][::-1]
     found = _faults(model, name, work, keep_base)
     if found:
@@ -57,31 +61,33 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = False) -
     for adapter, host in work:
         merged = _merged(adapter, host)
         if keep_base:
-            host.module.__dict__["pristine"].setdefault(host.slot, host.stored.detach().clone())
+            kept = host.stored.detach().clone()
+            for other in _readers(model, host.stored):  # those that are tied see the base's own as well
+                here(other.module).pristine.setdefault(other.slot, kept)
         host.write(merged)
     before_route = route.live(model)
     for module in modules:
         if keep_base:
-            module.__dict__["merged"] = (*module.__dict__["merged"], name)
+            here(module).merged = (*here(module).merged, name)
         else:
-            remove(module, name)
+            remove(module, name, model)
     route.changed()
     route.apply(route.adapted_modules(model), {n: w for n, w in before_route.items() if n != name})
-    if not route.adapted_modules(model):
-        release(model)
     change = sum(difference**2 for difference in differences)
     return MergeReport(len(work), sum(d > 0 for d in differences), (change / size) ** 0.5 if size else math.inf)
 
 
 def unmerge(model: nn.Module) -> None:
     """Restore every weight kept by merge(keep_base=True), bit for bit, and turn the merged adapters on again."""
+    model = unwrapped(model)
     back: dict[str, float] = {}
     for module in route.adapted_modules(model):
+        there = here(module)
         with torch.no_grad():
-            for slot, kept in module.__dict__["pristine"].items():
+            for slot, kept in there.pristine.items():
                 Host(module, slot).stored.copy_(kept)
-        back |= dict.fromkeys(module.__dict__["merged"], 1.0)
-        module.__dict__.update(pristine={}, merged=())
+        back |= dict.fromkeys(there.merged, 1.0)
+        there.pristine, there.merged = {}, ()
     if not back:
         raise MergeError("nothing to unmerge: no merge(…, keep_base=True) is in effect on this model")
     route.apply(route.adapted_modules(model), {**route.live(model), **back})
@@ -105,7 +111,7 @@ def _faults(model: nn.Module, name: str, work: list[tuple[Adapter, Any]], keep_b
             )
         elif not torch.isfinite(after).all():
             found.append(f"{path}: the merged weight is not finite in {host.stored.dtype}")
-        elif not keep_base and host.slot in host.module.__dict__["pristine"]:
+        elif not keep_base and host.slot in here(host.module).pristine:
             found.append(
                 f"{path}: another adapter is merged here with its base kept, and unmerge would undo both: "
                 "merge with keep_base=True, or unmerge first"
@@ -120,34 +126,49 @@ def _faults(model: nn.Module, name: str, work: list[tuple[Adapter, Any]], keep_b
 
 def _current(host: Any) -> Tensor:
     """The canonical weight as the module computes with it now, earlier merges included, fp32."""
-    pristine = host.module.__dict__["pristine"]
+    pristine = here(host.module).pristine
     kept = pristine.pop(host.slot, None)
-    weight: Tensor = host.weight.detach().float()
+    weight = _wide(host.weight.detach())
     if kept is not None:
         pristine[host.slot] = kept
     return weight
 
 
 @torch.no_grad()
-def _merged(adapter: WeightAdapter, host: Any) -> Tensor:
+def _merged(adapter: Any, host: Any) -> Tensor:
     """The canonical weight as it will be stored: fp32 arithmetic, rounded once to the weight's dtype."""
-    base = host.weight.float()
+    base = _wide(host.weight)
     whole = adapter.merged(base)
-    if host.slot in host.module.__dict__["pristine"]:
+    if host.slot in here(host.module).pristine:
         whole = _current(host) + (whole - base)
-    return whole.to(host.weight.dtype).float().detach()
+    return _wide(whole.to(host.weight.dtype)).detach()
+
+
+def _wide(weight: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is that."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _readers(model: nn.Module, parameter: Tensor) -> list[Host]:
+    """Views of every adapted slot that reads `parameter`."""
+    return [
+        Host(module, slot)
+        for module in route.adapted_modules(model)
+        for slot, other in module._parameters.items()
+        if other is parameter
+    ]
 
 
 @torch.no_grad()
 def _disturbed(name: str, host: Any, after: Tensor) -> list[str]:
     """Other adapters on the same weight whose ΔW would be another one on the merged weight (DoRA, trained copies)."""
     found = []
-    entries: dict[str, tuple[route.Live, ...]] = host.module.__dict__["entries"]
+    entries = here(host.module).entries
     for adapter, other, _ in (entry for group in entries.values() for entry in group):
         if other.slot != host.slot or adapter.name == name or not isinstance(adapter, WeightAdapter):
             continue
-        base = other.weight.float()
-        if not torch.equal(base, host.weight.float()):  # seen in another layout: cannot tell
+        base = _wide(other.weight)
+        if not torch.equal(base, _wide(host.weight)):  # seen in another layout: cannot tell
             found.append(repr(adapter.name))
             continue
         delta = adapter.merged(base) - base

@@ -8,27 +8,31 @@ A switch replaces one tuple per adapted module: no walk over parameters, no `req
 """
 
 import math
+import weakref
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deltaw.core.adapter import Adapter, WeightAdapter
+from deltaw.core.adapter import WeightAdapter
+from deltaw.core.base import unwrapped
+from deltaw.core.carried import carried, here
 from deltaw.core.errors import UseError, did_you_mean, faults
 
-Live = tuple[Adapter, Any, Tensor | None]
-"""One live adapter of a module: the adapter, the view of its host, its strength (None = 1)."""
 Route = Mapping[str, float]
 """Adapter name → strength. Names left out, and strength 0, are off."""
 
 
 class _Stamp:
-    """Replaced by every attach, detach and merge; an index with another stamp is stale. Copies never compare equal."""
+    """Replaced by every attach, detach and merge; an index with another stamp is stale."""
 
 
 _stamp = _Stamp()
+_known: "weakref.WeakKeyDictionary[nn.Module, tuple[_Stamp, list[weakref.ref[nn.Module]]]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def changed() -> None:
@@ -39,23 +43,23 @@ def changed() -> None:
 
 def adapted_modules(model: nn.Module) -> list[nn.Module]:
     """The modules of `model` that carry adapters, in model order. Cached until adapters come or go."""
-    cached = model.__dict__.get("_adapted")
+    cached = _known.get(model)
     if cached is None or cached[0] is not _stamp:
-        found = [m for m in model.modules() if "live" in m.__dict__]
-        cached = model.__dict__["_adapted"] = (_stamp, found)
-    return cached[1]
+        # weak references: what is known of a model must not keep it alive
+        cached = _known[model] = (_stamp, [weakref.ref(m) for m in model.modules() if carried(m) is not None])
+    return [module for reference in cached[1] if (module := reference()) is not None and carried(module) is not None]
 
 
 def names(model: nn.Module) -> list[str]:
     """Names of the adapters attached to `model`, in order of first appearance."""
-    return list(dict.fromkeys(name for module in adapted_modules(model) for name in module.__dict__["entries"]))
+    return list(dict.fromkeys(name for module in adapted_modules(model) for name in here(module).entries))
 
 
 def live(model: nn.Module) -> dict[str, float]:
     """The current route: live adapters and their strengths."""
     route: dict[str, float] = {}
     for module in adapted_modules(model):
-        for adapter, _, strength in module.__dict__["live"]:
+        for adapter, _, strength in here(module).live:
             if adapter.name not in route:
                 route[adapter.name] = 1.0 if strength is None else float(strength)
     return route
@@ -70,11 +74,13 @@ class use:
     """
 
     def __init__(self, model: nn.Module, route: Route | str):
-        self.model = model
+        self.model = model = unwrapped(model)
+        if not isinstance(route, str | Mapping):
+            raise UseError(f"{route!r} is no route: give {{name: strength}}, a name, or {{}} for the base")
         self.route = {route: 1.0} if isinstance(route, str) else dict(route)
         self.modules = adapted_modules(model)
         _check(model, self.modules, self.route)
-        self.before = {module: module.__dict__["live"] for module in self.modules}
+        self.before = {module: here(module).live for module in self.modules}
         self.stamp = _stamp
         apply(self.modules, self.route)
 
@@ -86,46 +92,48 @@ class use:
     ) -> None:
         if self.stamp is _stamp:
             for module, entries in self.before.items():
-                module.__dict__["live"] = entries
+                here(module).live = entries
             return
         for module in adapted_modules(self.model):  # adapters came, went or were merged in the block
-            state = module.__dict__
-            free = [entry for name, group in state["entries"].items() if name not in state["merged"] for entry in group]
+            state = here(module)
+            free = [entry for name, group in state.entries.items() if name not in state.merged for entry in group]
             there = {id(adapter) for adapter, _, _ in free}
-            state["live"] = tuple(entry for entry in self.before.get(module, ()) if id(entry[0]) in there)
+            state.live = tuple(entry for entry in self.before.get(module, ()) if id(entry[0]) in there)
 
 
 def apply(modules: list[nn.Module], route: Route) -> None:
     """Write the live tuple of every adapted module. The route must have been checked."""
-    wanted = [(name, None if w == 1.0 else torch.tensor(float(w))) for name, w in route.items() if w != 0.0]
+    with torch.inference_mode(False):  # a strength made in inference could not be saved for a backward pass later
+        wanted = [(name, None if w == 1.0 else torch.tensor(float(w))) for name, w in route.items() if w != 0.0]
     if len(wanted) == 1 and wanted[0][1] is None:
         name = wanted[0][0]
         for module in modules:
-            module.__dict__["live"] = module.__dict__["entries"].get(name, ())
+            there = here(module)
+            there.live = there.entries.get(name, ())
         return
     for module in modules:
-        entries = module.__dict__["entries"]
-        module.__dict__["live"] = tuple(
-            (adapter, host, strength) for name, strength in wanted for adapter, host, _ in entries.get(name, ())
+        there = here(module)
+        there.live = tuple(
+            (adapter, host, strength) for name, strength in wanted for adapter, host, _ in there.entries.get(name, ())
         )
 
 
 def _check(model: nn.Module, modules: list[nn.Module], route: Route) -> None:
     found: list[str] = []
-    known = dict.fromkeys(name for module in modules for name in module.__dict__["entries"])
+    known = dict.fromkeys(name for module in modules for name in here(module).entries)
     for name, w in route.items():
         if name not in known:
             there = f"attached: {', '.join(known)}" if known else "no adapter is attached to this model"
-            found.append(f"no adapter {name!r}{did_you_mean(name, known)} ({there})")
+            found.append(f"no adapter {name!r}{did_you_mean(str(name), known)} ({there})")
         elif isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w):
             found.append(f"strength {w!r} of {name!r} is not a finite number")
-        elif any(name in m.__dict__.get("merged", ()) for m in modules) and w != 0:
+        elif any(name in here(m).merged for m in modules) and w != 0:
             found.append(f"{name!r} is merged into the weights: unmerge the model before routing it")
         elif w not in (0, 1):
             rigid = {
                 type(a).__name__
                 for m in modules
-                for a, _, _ in m.__dict__["entries"].get(name, ())
+                for a, _, _ in here(m).entries.get(name, ())
                 if not isinstance(a, WeightAdapter)
             }
             if rigid:

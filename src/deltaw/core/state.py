@@ -7,6 +7,7 @@
 extract(model, name) and insert(model, state, name) go between a model and a state.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from deltaw.core.adapter import Factors, WeightAdapter
 from deltaw.core.base import BaseIdentity
 from deltaw.core.errors import UseError, did_you_mean, faults
-from deltaw.core.host import HostSpec
+from deltaw.core.host import HostSpec, WeightHost
 from deltaw.core.method import Method, Site
 
 
@@ -41,9 +42,14 @@ class AdapterState:
         return self.methods[site].factors(self.tensors[site])
 
     def __mul__(self, weight: float) -> "AdapterState":
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            return NotImplemented
         return combine([self], [weight])
 
     __rmul__ = __mul__
+
+    def __radd__(self, other: object) -> "AdapterState":
+        return self if other == 0 else NotImplemented  # sum([a, b]) starts from 0
 
     def __add__(self, other: "AdapterState") -> "AdapterState":
         if not isinstance(other, AdapterState):
@@ -57,6 +63,9 @@ def combine(states: Sequence[AdapterState], weights: Sequence[float]) -> Adapter
         raise UseError(
             f"{len(states)} states and {len(weights)} weights: give one weight per state, and at least one state"
         )
+    wrong = [w for w in weights if isinstance(w, bool) or not isinstance(w, int | float) or not math.isfinite(w)]
+    if wrong:
+        raise UseError(f"weights must be finite numbers, not {', '.join(map(repr, wrong))}")
     _same_base(states)
     methods: dict[Site, Method] = {}
     tensors: dict[Site, Mapping[str, Tensor]] = {}
@@ -67,6 +76,10 @@ def combine(states: Sequence[AdapterState], weights: Sequence[float]) -> Adapter
             for s, w in zip(states, weights, strict=True)
             if site in s.methods
         ]
+        shapes = {s.specs[site].shape for s in states if site in s.specs}
+        if len(shapes) > 1 and all(method.host is WeightHost for method, _, _ in parts):
+            found.append(f"{site}: the layers have different shapes, {' and '.join(map(str, sorted(shapes)))}")
+            continue
         try:
             methods[site], tensors[site] = parts[0][0].combine(parts)
         except UseError as error:

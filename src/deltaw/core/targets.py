@@ -168,17 +168,20 @@ def _layer_index(path: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def parse_layers(layers: str | Iterable[int]) -> set[int]:
+def parse_layers(layers: str | int | Iterable[int]) -> set[int]:
     """ "0-3,7" or integers → the set of layer indices."""
     if not isinstance(layers, str):
-        return set(layers)
+        listed = {layers} if isinstance(layers, int) else set(layers)
+        if not listed or not all(type(layer) is int and layer >= 0 for layer in listed):
+            raise TargetError(f"layers={layers!r} holds no layer numbers: write for example '0-3,7', or leave it out")
+        return listed
     result: set[int] = set()
     for piece in layers.split(","):
         found = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", piece)
-        if not found:
-            raise TargetError(f"layers={layers!r} is not a range: write for example '0-3,7'")
-        first = int(found.group(1))
-        result.update(range(first, int(found.group(2) or first) + 1))
+        first, last = (int(found.group(1)), int(found.group(2) or found.group(1))) if found else (1, 0)
+        if not first <= last < 10_000:
+            raise TargetError(f"layers={layers!r} is not a range of layer numbers: write for example '0-3,7'")
+        result.update(range(first, last + 1))
     return result
 
 
@@ -188,7 +191,7 @@ def plan(
     targets: Targets,
     *,
     exclude: Targets = (),
-    layers: str | Iterable[int] | None = None,
+    layers: str | int | Iterable[int] | None = None,
 ) -> TargetPlan:
     """Resolve `targets` against `model` for `method`. Pure; raises TargetError with every fault found."""
     known = facts(model, method)
@@ -208,7 +211,7 @@ def plan(
                     notes.append(f"left out {fact.path}: {fact.refusal}")
                     del chosen[fact.path]
     for pattern in _patterns(exclude, found):
-        gone = [path for path, fact in chosen.items() if _matches(pattern, fact, True)]
+        gone = [path for path, fact in chosen.items() if _matches(pattern, fact, pattern not in PRESETS)]
         if not gone:
             found.append(f"exclude={pattern!r} takes nothing away from the targets")
         for path in gone:
@@ -218,7 +221,8 @@ def plan(
         missing = wanted - {_layer_index(path) for path in chosen}
         if missing:
             there = sorted({index for index in map(_layer_index, chosen) if index is not None})
-            found.append(f"layers {sorted(missing)} hold no target; targets are in layers {there}")
+            some = f"{sorted(missing)[:8]}{' and more' if len(missing) > 8 else ''}"
+            found.append(f"layers {some} hold no target; targets are in layers {there}")
         chosen = {path: fact for path, fact in chosen.items() if _layer_index(path) in wanted}
     found += [f"{path or 'the model itself'}: {fact.refusal}" for path, fact in chosen.items() if fact.refusal]
 
@@ -228,7 +232,7 @@ def plan(
     saved = {site.path for site in extra if site.slot == "weight"}
     for path in [path for path in chosen if path not in saved]:
         for slot, spec in chosen[path].slots.items():
-            reason = method.unfit(spec)
+            reason = method.at(path, spec).unfit(spec)
             if reason:
                 found.append(
                     f"{path or 'the model itself'} ({chosen[path].layer} {'×'.join(map(str, spec.shape))}): {reason}"
@@ -242,6 +246,9 @@ def plan(
             found.append(f"{site}: {reason}")
         spec = companion.host(model.get_submodule(site.path), site.slot).spec
         planned.append(_target(site, by_path[site.path].layer, spec, companion))
+    if not planned and not found:
+        because = f": {'; '.join(notes)}" if notes else ""
+        found.append(f"{targets!r} leaves nothing to adapt{because}")
     if found:
         raise faults(TargetError, f"targets for {type(method).__name__}", found)
     base = sum(p.numel() for _, p in base_parameters(model))
@@ -256,6 +263,11 @@ def _target(site: Site, layer: str, spec: HostSpec, method: Method) -> Target:
 
 
 def _patterns(targets: Targets, found: list[str]) -> list[str]:
+    if not isinstance(targets, str | Sequence):
+        found.append(
+            f"{targets!r} is no target: give a name, a preset ({', '.join(PRESETS)}), a pattern, or a list of them"
+        )
+        return []
     listed = [targets] if isinstance(targets, str) else list(targets)
     for pattern in listed:
         if not isinstance(pattern, str):
@@ -277,6 +289,9 @@ def _nothing(pattern: str, hits: Sequence[ModuleFact], known: Sequence[ModuleFac
         inside = sum(fact.path.startswith(above) for fact in able)
         hint = f"; {_modules(inside)} inside can: name those" if inside else ""
         return f"{pattern!r} matches {_modules(len(hits))} ({kinds}), none of which can carry {method.name}{hint}"
+    if re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)+", pattern):
+        several = ", ".join(re.split(r"[,\s]+", pattern))
+        return f"{pattern!r} is one name: write several as a list, [{several}]"
     leaves = Counter(fact.path.rpartition(".")[2] for fact in able)
     hint = did_you_mean(pattern.rpartition(".")[2], leaves, 1) or did_you_mean(pattern, [f.path for f in able], 1)
     near = [name for name in leaves if f"{name!r}" in hint]

@@ -12,6 +12,8 @@ from deltaw.core.host import HostSpec, WeightHost, register
 
 @register(nn.Embedding)
 class EmbeddingHost(WeightHost):
+    module: nn.Embedding
+
     @property
     def spec(self) -> HostSpec:
         return HostSpec(tuple(self.weight.shape), lookup=True)
@@ -24,10 +26,12 @@ class EmbeddingHost(WeightHost):
         super().write(weight.T)
 
     def op(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._scaled(F.embedding(x, weight.T))
+        whole = weight.shape[1] == self.module.num_embeddings
+        return self._scaled(F.embedding(x, weight.T, padding_idx=self.module.padding_idx if whole else None))
 
     def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return self._scaled(F.embedding(x, a.T) @ b.T)  # ids → [T, r] → [T, dim]
+        rows = F.embedding(x, a.T, padding_idx=self.module.padding_idx)  # ids → [T, r]; padding learns nothing
+        return self._scaled(rows @ b.T)  # [T, dim]
 
     def _scaled(self, y: Tensor) -> Tensor:
         scale = getattr(self.module, "embed_scale", None)

@@ -48,10 +48,16 @@ class DoRAAdapter(LoRAAdapter):
         return ratio.view(-1, *[1] * (weight.ndim - 1)) * full
 
     def branch(self, host: Any, x: Tensor) -> Tensor:
+        return self.weighted(host, x, None)
+
+    def weighted(self, host: Any, x: Tensor, strength: Tensor | None) -> Tensor:
         weight, x = host.weight, self.dropped(x)  # one mask for both terms
         c = (self.magnitude / self.norms(weight)).view(-1, *[1] * (-1 - host.out_dim))
-        base, change = host.op(x, weight), self.low_rank(host, x)
-        return (c - 1).to(base.dtype) * base + c.to(change.dtype) * change
+        base, change = host.op(x, weight), self.low_rank(host, x, self.scale)
+        more = c - 1
+        if strength is not None:
+            more, c = strength * more, strength * c
+        return more.to(base.dtype) * base + c.to(change.dtype) * change
 
 
 @register("dora")

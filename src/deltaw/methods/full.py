@@ -35,7 +35,9 @@ class FullAdapter(WeightAdapter):
             copy = self.copy.to(base.dtype)
             if strength is None and current is base:
                 return copy
-            return current + (copy - base) * (1.0 if strength is None else strength.to(base.dtype))
+            whole = base.float()  # in fp32: copy − base is small beside both
+            change = (self.copy - whole) if strength is None else strength * (self.copy - whole)
+            return (current.float() + change).to(base.dtype)
 
         with host.replaced(change):
             return call(*args, **kwargs)

@@ -39,19 +39,22 @@ class LoRAAdapter(WeightAdapter):
 
     def merged(self, weight: Tensor) -> Tensor:
         a, b, scale = self.factors()
-        return weight + scale * (b.float() @ a.float()).view(weight.shape)
+        return weight + scale * (b.to(weight.dtype) @ a.to(weight.dtype)).view(weight.shape)
 
     def branch(self, host: Any, x: Tensor) -> Tensor:
-        return self.low_rank(host, self.dropped(x))
+        return self.low_rank(host, self.dropped(x), self.scale)
+
+    def weighted(self, host: Any, x: Tensor, strength: Tensor) -> Tensor:
+        return self.low_rank(host, self.dropped(x), self.scale * strength)
 
     def dropped(self, x: Tensor) -> Tensor:
         """Dropout on the branch's input; ids have none."""
         active = self.dropout and self.training and x.is_floating_point()
         return F.dropout(x, self.dropout) if active else x
 
-    def low_rank(self, host: Any, x: Tensor) -> Tensor:
+    def low_rank(self, host: Any, x: Tensor, scale: float | Tensor) -> Tensor:
         dtype = compute_dtype(host, x)
-        return host.low_rank(x, self.lora_A.to(dtype), (self.scale * self.lora_B).to(dtype))
+        return host.low_rank(x, self.lora_A.to(dtype), (scale * self.lora_B).to(dtype))
 
 
 @register("lora")
@@ -167,6 +170,11 @@ class LoRA(Method):
         scales = [w * method.scale for method, _, w in parts]  # type: ignore[attr-defined]
         a = torch.cat([tensors["lora_A"].float() for _, tensors, _ in parts])
         b = torch.cat([s * tensors["lora_B"].float() for s, (_, tensors, _) in zip(scales, parts, strict=True)], dim=1)
+        most = min(b.shape[0], a[0].numel())
+        if a.shape[0] > most:  # more rank than the weight has: the product itself is smaller, and exact as well
+            product = b.flatten(1) @ a.flatten(1)  # [out, fan_in]
+            a, b = (product, torch.eye(most)) if most == b.shape[0] else (torch.eye(most), product)
+            a, b = a.view(most, *parts[0][1]["lora_A"].shape[1:]), b.view(-1, most, *parts[0][1]["lora_B"].shape[2:])
         return LoRA(rank=a.shape[0], alpha=float(a.shape[0])), {"lora_A": a, "lora_B": b}
 
 

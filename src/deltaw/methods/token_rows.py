@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.adapter import Adapter, WeightAdapter
+from deltaw.core.adapter import Adapter, Call, WeightAdapter
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, register
 
@@ -29,18 +29,20 @@ class TokenRowsAdapter(WeightAdapter):
     def merged(self, weight: Tensor) -> Tensor:
         return weight.index_copy(1, torch.tensor(self.tokens, device=weight.device), self.rows.float().T)
 
-    def branch(self, host: Any, x: Tensor) -> Tensor:
-        tokens = torch.tensor(self.tokens, device=x.device)
-        if not host.spec.lookup:  # the tied head: W is [vocab, dim], its rows are the scores of the tokens
-            base = host.weight[tokens]  # [n, dim]
-            change = host.op(x, (self.rows - base.float()).to(base.dtype))  # [T, n]
-            return change.new_zeros(*change.shape[:-1], host.weight.shape[0]).index_copy(-1, tokens, change)
-        base = host.weight[:, tokens]  # [dim, n]
-        change = (self.rows.T - base.float()).to(base.dtype)
-        place = x.unsqueeze(-1) == tokens  # [T, n]
-        position = torch.where(place.any(-1), place.int().argmax(-1), len(self.tokens))
-        padded = torch.cat([change, change.new_zeros(change.shape[0], 1)], dim=1)  # the last column changes nothing
-        return host.op(position, padded)
+    def forward(self, host: Any, call: Call, strength: Tensor | None, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The rows stand in the output itself: y + (rows − base) would lose them to rounding in bf16."""
+        y, tokens = call(input, *args, **kwargs), torch.tensor(self.tokens, device=input.device)
+        lookup = host.spec.lookup
+        base = (host.weight[:, tokens].T if lookup else host.weight[tokens]).float()  # [n, dim]
+        rows = self.rows.float() if strength is None else base + strength * (self.rows.float() - base)
+        if not lookup:  # the tied head: the rows give the scores of their tokens
+            others = y.index_select(-1, tokens) - host.op(input, base.to(host.weight.dtype))  # bias, other adapters
+            return y.index_copy(-1, tokens, host.op(input, rows.to(host.weight.dtype)) + others)
+        place = input.unsqueeze(-1) == tokens  # [T, n]
+        hit = place.any(-1, keepdim=True)
+        row = host.op(place.int().argmax(-1), rows.T.to(y.dtype))
+        others = y - host.op(input, host.weight)
+        return torch.where(hit, row + others, y)
 
 
 @register("token_rows")

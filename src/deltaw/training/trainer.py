@@ -45,7 +45,10 @@ class AdapterTrainer(Trainer):
             parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
         )
         scheduler = get_scheduler(
-            config.schedule, optimizer, num_warmup_steps=int(config.warmup * steps), num_training_steps=steps
+            "constant_with_warmup" if config.schedule == "constant" else config.schedule,
+            optimizer,
+            num_warmup_steps=int(config.warmup * steps),
+            num_training_steps=steps,
         )
         super().__init__(
             model=model,

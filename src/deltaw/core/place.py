@@ -1,0 +1,155 @@
+"""How a module is adapted: class swap + child module + around-call adapters; and how it gets its own class back.
+
+The first adapter gives the module the subclass `Adapted<Its class>` and a child `adapters`; the last one to go takes
+both away. Several adapters are placed all or none.
+"""
+
+import functools
+import types
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from deltaw.core import guards, route
+from deltaw.core.adapter import Adapter
+from deltaw.core.carried import Carried, carried, here, hold
+from deltaw.core.errors import UseError
+from deltaw.core.host import ParameterHost, host_of
+from deltaw.core.method import Method, Site
+
+
+class Adapted:
+    """Mixin in front of a host's class: the child module `adapters`, and one private object (`core.carried`)."""
+
+    base_class: ClassVar[type[nn.Module]]
+    adapters: nn.ModuleDict
+    """Name → slot → Adapter: what holds the trained tensors."""
+    _deltaw: Carried
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = super().forward  # type: ignore[misc]
+        for adapter, host, strength in self._deltaw.live:  # the first is innermost; additive ones commute
+            call = functools.partial(adapter, host, call, strength)
+        return call(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves to another device or dtype take the kept originals along."""
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        with torch.no_grad():
+            self._deltaw.pristine = {slot: fn(kept) for slot, kept in self._deltaw.pristine.items()}
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class made at run time cannot be pickled by name: rebuild it from the base class.
+        return (_blank, (self.base_class,), *super().__reduce_ex__(protocol)[2:])  # type: ignore[index]
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` with Adapted in front, made once."""
+    if base not in _CLASSES:
+        facts = {"base_class": base, "__module__": base.__module__}
+        _CLASSES[base] = type(f"Adapted{base.__name__}", (Adapted, base), facts)
+    return _CLASSES[base]
+
+
+def _blank(base: type[nn.Module]) -> nn.Module:
+    cls = adapted_class(base)
+    return cls.__new__(cls)
+
+
+def base_class_of(module: nn.Module) -> type[nn.Module]:
+    """The class a module had before it was adapted."""
+    return getattr(type(module), "base_class", type(module))
+
+
+def place(model: nn.Module, name: str, built: Sequence[tuple[Site, Adapter, Method]]) -> None:
+    """Put finished adapters into the modules of their sites, all or none."""
+    root, touched = hold(model), []
+    guards.set_guards(model, [site.path for site, _, _ in built])
+    paths = {id(module): path for path, module in model.named_modules()}
+    try:
+        # those that follow ties come last: a trained copy of the same parameter goes first
+        for site, adapter, method in sorted(built, key=lambda item: item[2].follows_ties):
+            adapter.spec = host_of(model.get_submodule(site.path), site.slot, method.host).spec
+            for module, slot in _modules(model, name, site, method):
+                touched.append(module)
+                _add(module, name, slot, adapter, method, host_of(module, slot, method.host))
+                here(module).roots.setdefault(name, []).append((root, paths[id(module)]))
+                root.placed.setdefault(name, set()).add(paths[id(module)])
+    except BaseException:
+        for module in dict.fromkeys(touched):
+            remove(module, name, model)
+        if not root.placed:
+            guards.release(root, model)
+        raise
+    finally:
+        route.changed()
+
+
+def _modules(model: nn.Module, name: str, site: Site, method: Method) -> list[tuple[nn.Module, str]]:
+    """Where one adapter goes: its own module, and where it follows ties every other that reads the same parameter."""
+    first = model.get_submodule(site.path)
+    table = first._parameters.get(site.slot)
+    if not method.follows_ties or table is None:
+        return [(first, site.slot)]
+    tied = [(m, slot) for m in model.modules() for slot, p in m._parameters.items() if p is table and m is not first]
+    free = []
+    for module, slot in tied:
+        if host_of(module, slot, method.host) is None:
+            kind = base_class_of(module).__name__
+            raise UseError(
+                f"{site} is tied to the {slot} of a {kind}, where {method.name} cannot act: untie them first"
+            )
+        taken = [a for a, host, _ in here(module).entries.get(name, ()) if host.slot == slot] if carried(module) else []
+        if not any(isinstance(adapter.method.host, type) and adapter.method.host is ParameterHost for adapter in taken):
+            free.append((module, slot))  # a trained copy there is a parameter of its own
+    return [(first, site.slot), *free]
+
+
+def _add(module: nn.Module, name: str, slot: str, adapter: Adapter, method: Method, host: Any) -> None:
+    if carried(module) is None:
+        module.__dict__["_deltaw"] = Carried()
+        module.__class__ = adapted_class(type(module))
+        module.add_module("adapters", nn.ModuleDict())
+        if "_old_forward" in module.__dict__:  # accelerate's hooks call this: let it be ours
+            module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+    there = here(module)
+    there.entries[name] = (*there.entries.get(name, ()), (adapter, host, None))
+    adapter.method, adapter.name = method, name
+    adapter.train(module.training)
+    holder = cast(nn.ModuleDict, module.adapters)
+    if name not in holder:
+        holder[name] = nn.ModuleDict()
+    slots = cast(nn.ModuleDict, holder[name])
+    key = slot if slot not in slots and not hasattr(slots, slot) else f"{slot}_{len(slots)}"
+    slots[key] = adapter
+
+
+def remove(module: nn.Module, name: str, model: nn.Module) -> None:
+    """Take adapter `name` off one module of `model`; with the last one the module gets its own class back."""
+    there = here(module)
+    if name not in there.entries:
+        return
+    del there.entries[name]
+    holder = cast(nn.ModuleDict, module.adapters)
+    if name in holder:
+        del holder[name]
+    there.live = tuple(entry for entry in there.live if entry[0].name != name)
+    for root, path in there.roots.pop(name, ()):
+        root.placed.get(name, set()).discard(path)
+        if not root.placed.get(name):
+            root.placed.pop(name, None)
+        if not root.placed:
+            guards.release(root, model)
+    if there.entries:
+        return
+    del module.adapters
+    module.__class__ = base_class_of(module)
+    del module.__dict__["_deltaw"]
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
