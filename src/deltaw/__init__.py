@@ -6,6 +6,7 @@
 Names are imported on first use, so that `import deltaw` costs nothing.
 """
 
+import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ _WHERE = {
     "DoRA": "deltaw.methods.dora",
     "Full": "deltaw.methods.full",
     "LoRA": "deltaw.methods.lora",
-    "TargetPlan": "deltaw.core.targets",
+    "TargetPlan": "deltaw.core.plan",
     "TokenRows": "deltaw.methods.token_rows",
     "attach": "deltaw.core.attach",
     "detach": "deltaw.core.attach",
@@ -44,9 +45,9 @@ if TYPE_CHECKING:
     from deltaw.core.attach import attach, detach, extract, insert
     from deltaw.core.errors import DeltawError
     from deltaw.core.merge import merge, unmerge
+    from deltaw.core.plan import TargetPlan
     from deltaw.core.route import use
     from deltaw.core.state import AdapterState
-    from deltaw.core.targets import TargetPlan
     from deltaw.infer.evaluate import evaluate
     from deltaw.infer.generate import generate
     from deltaw.methods.dora import DoRA
@@ -60,7 +61,9 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
-        raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
+        near = difflib.get_close_matches(name, __all__, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise AttributeError(f"module 'deltaw' has no attribute {name!r}{hint}")
     module = importlib.import_module(_WHERE[name])
     value = module if _WHERE[name] == f"deltaw.{name}" else getattr(module, name)
     globals()[name] = value

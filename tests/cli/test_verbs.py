@@ -55,11 +55,25 @@ def trained(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["lroa"], ["No such command 'lroa'"]),
         (["train"], ["nothing to train"]),
         (["train", "no.yaml"], ["no configuration file 'no.yaml'"]),
-        (["train", "model=tiny"], ["data is missing"]),
+        (["train", "model=tiny"], ["data.train is missing"]),
         (["train", "model=tiny", "data.train=x.jsonl", "adapter.rank=0"], ["rank=0", "at least 1"]),
         (["train", "model=tiny", "data.train=x.jsonl", "adapter.dropout=-1"], ["dropout=-1", "[0, 1)"]),
         (["train", "model=tiny", "data.train=nowhere.jsonl"], ["nowhere.jsonl"]),
         (["train", "--resume", "no-run"], ["holds no run"]),
+        (["train", "model=tiny", "data.train=x.jsonl", "train.learning_rate=.inf"], ["learning_rate=inf", "finite"]),
+        (["train", "model=tiny", "data.train=x.jsonl", "train.seed=-1"], ["train.seed=-1"]),
+        (["train", "model=tiny", "data.train=x.jsonl", "train=5"], ["train=5 must be a section with objective"]),
+        (
+            ["train", "model=tiny", "data.train=x.jsonl", "adapter.targets=[[]"],
+            ["the value of adapter.targets", "YAML"],
+        ),
+        (
+            ["train", "model=tiny", "data.train=x.jsonl", "adapter.layers=1.5"],
+            ["adapter.layers=1.5", "integer", ", or"],
+        ),
+        (["generate", "hello", "--model", "tiny", "--temperature", "-1"], ["temperature=-1.0 must not be negative"]),
+        (["generate", "hello", "--adapter", "a=nan"], ["'nan' is not a number"]),
+        (["eval", "--data", "x.jsonl", "--generations", "-1"], ["--generations", "greater than or equal to 0"]),
         (["generate", "hello"], ["--model", "--adapter"]),
         (["generate", "hello", "--model", "tiny", "--dtype", "fp8"], ["fp8", "bf16"]),
     ],
@@ -123,7 +137,7 @@ def test_eval_generate_inspect_mix_merge(run, rows: Path, trained: Path, tmp_pat
     found = json.loads(out)
     assert code == 0 and found["max_logit_difference"] < 1e-3 < found["effect"]
     code, _, err = run("merge", adapter, "--output", tmp_path / "merged")
-    assert code == 2 and "not empty" in err
+    assert code == 2 and "not an empty folder" in err
 
 
 def test_merging_nothing_is_refused(run, tmp_path: Path) -> None:
@@ -144,3 +158,65 @@ def test_an_adapter_is_not_a_base(run, trained: Path) -> None:
 def test_schema_is_json(run) -> None:
     code, out, _ = run("schema")
     assert code == 0 and json.loads(out)["required"] == ["model", "data"]
+
+
+@pytest.mark.parametrize(
+    "options", [["adapter.targets=[]"], ["adapter.layers=3-1"], ["adapter.exclude=.*"], ["data.max_length=600"]]
+)
+def test_a_run_that_cannot_be_leaves_no_folder(run, rows: Path, tmp_path: Path, options: list[str]) -> None:
+    code, _, err = run("train", "model=tiny", f"data.train={rows}", f"output={tmp_path / 'run'}", *options)
+    assert code == 2 and err.startswith("error: ") and not (tmp_path / "run").exists()
+
+
+def test_version(run) -> None:
+    import deltaw
+
+    assert run("--version")[:2] == (0, f"{deltaw.__version__}\n")
+
+
+def test_mixes_that_are_nothing_or_too_much(run, trained: Path, tmp_path: Path) -> None:
+    for weight, words in (
+        ("0", "would change nothing at all"),
+        ("1e39", "too large for fp32"),
+        ("nan", "is not a number"),
+    ):
+        code, _, err = run("mix", f"{trained / 'adapter'}={weight}", "--output", tmp_path / "mixed")
+        assert code == 2 and words in err and not (tmp_path / "mixed").exists()
+    (tmp_path / "file").write_text("x")
+    for verb in (["mix", trained / "adapter"], ["merge", trained / "adapter"]):
+        code, _, err = run(*verb, "--output", tmp_path / "file")
+        assert code == 2 and "is not an empty folder: give another output" in err
+
+
+def test_a_run_is_not_its_adapter_and_a_finished_one_is_finished(run, trained: Path) -> None:
+    code, _, err = run("generate", "x", "--adapter", trained)
+    assert code == 2 and f"give {trained / 'adapter'}" in err
+    code, _, err = run("train", "--resume", trained)
+    assert code == 2 and "is finished" in err
+
+
+def test_chat_goes_on_after_a_mistake(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'word ' * 700}\n/what\nhello\n/clear\n/quit\nnever read\n"))
+    code, out, err = run("chat", "--model", "tiny", "--max-new-tokens", 3, "--temperature", 0)
+    assert code == 0 and len(out.strip().splitlines()) == 1
+    assert "/clear starts the conversation anew" in err and "no command /what" in err
+
+
+@pytest.mark.parametrize("wait", [0.3, 1.5])
+def test_ctrl_c_is_one_sentence(rows: Path, tmp_path: Path, wait: float) -> None:
+    """While imports or the base load, and in the evaluation before the first step: nothing is left behind."""
+    import signal
+    import subprocess
+    import time
+
+    given = [f"data.train={rows}", f"data.eval={rows}", f"output={tmp_path / 'run'}", "train.max_steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deltaw", "train", "model=tiny", *given], stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(wait)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "error: interrupted" in err and "Traceback" not in err
+    assert not (tmp_path / "run").exists() or (tmp_path / "run" / "checkpoints").exists()

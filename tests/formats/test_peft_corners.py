@@ -1,5 +1,6 @@
 """Corners of PEFT's format: names that drag in others, ties, copies, odd module names, layers without a format."""
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -450,3 +451,45 @@ def test_keys_that_cannot_be_read(key: str, words: str, tmp_path: Path) -> None:
     save_file({**tensors, key: torch.ones(4, 32)}, tmp_path / WEIGHTS)
     with pytest.raises(FileError, match=words):
         deltaw.load(build("llama"), tmp_path)
+
+
+def test_entries_that_peft_would_wrap_twice(tmp_path: Path) -> None:
+    """modules_to_save goes by the end of a name: `head` wraps `aux_head` too, and what is inside needs no entry."""
+
+    class Net(nn.Module):
+        def __init__(self, holder: type[nn.Module]) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+            self.aux_head = holder()
+            self.aux_head.add_module("out", nn.Linear(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.fc(x)) + self.aux_head.get_submodule("out")(self.fc(x))
+
+    for number, holder in enumerate((nn.Sequential, nn.ModuleDict)):
+        model = Net(holder)
+        base, x, folder = copy.deepcopy(model), torch.randn(3, 4), tmp_path / str(number)
+        deltaw.attach(model, deltaw.LoRA(rank=2, modules_to_save=("head", "aux_head")), targets="fc")
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.1 * torch.randn_like(p))
+        deltaw.save(model, folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert "aux_head.out" not in (config["modules_to_save"] or []) or holder is nn.ModuleDict
+        ours = copy.deepcopy(base)
+        deltaw.load(ours, folder)
+        assert torch.equal(ours(x), model(x))
+        assert torch.allclose(peft.PeftModel.from_pretrained(base, folder)(x), model(x), atol=1e-6)
+
+
+def test_a_base_with_peft_s_own_names_is_stored_natively(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"y": nn.ModuleDict({"base_layer": nn.Linear(4, 4)})})
+    deltaw.attach(model, deltaw.LoRA(rank=2), targets="base_layer")
+    state = deltaw.extract(model)
+    deltaw.save(model, tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    deltaw.detach(model)
+    deltaw.load(model, tmp_path)
+    (site,) = state.methods
+    assert torch.equal(deltaw.extract(model).tensors[site]["lora_A"], state.tensors[site]["lora_A"])

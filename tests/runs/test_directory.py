@@ -22,6 +22,9 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create({}, "1")
+    with pytest.raises(UseError, match="already holds a run: give another output, or delete it"):
+        run.create({}, "1")
+    run.checkpoint(3).mkdir(parents=True)
     with pytest.raises(UseError, match=r"already holds a run: give another output, continue it with .*--resume"):
         run.create({}, "1")
     (tmp_path / "mine").mkdir()

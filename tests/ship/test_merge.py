@@ -45,7 +45,7 @@ def test_folder_computes_what_the_adapter_does(adapter: Path, tmp_path: Path, dt
 
 def test_a_folder_that_is_not_empty(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("mine")
-    with pytest.raises(UseError, match="is not empty"):
+    with pytest.raises(UseError, match="is not an empty folder"):
         merge_to_folder("tiny", adapter, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 

@@ -8,15 +8,28 @@ from typing import Annotated, Any
 
 import typer
 
+from deltaw import __version__
+
 app = typer.Typer(
     name="deltaw",
     help="LoRA adapters through their whole life: train, evaluate, switch, mix, merge, inspect.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     epilog="Add --traceback to any verb to see where an error came from.",
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object on stdout.")]
 

@@ -1,5 +1,6 @@
 """Options that name a base and its adapters, and loading them: shared by eval, generate and chat."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,9 +49,12 @@ def with_strength(text: str) -> tuple[str, float]:
     if not equals:
         return text, 1.0
     try:
-        return folder, float(strength)
+        value = float(strength)
     except ValueError:
-        raise UseError(f"--adapter {text!r}: {strength!r} is not a strength: write folder=0.5") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise UseError(f"{text!r}: {strength!r} is not a number: write folder=0.5")
+    return folder, value
 
 
 def parsed(given: list[str]) -> Any:

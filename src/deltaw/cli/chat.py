@@ -8,6 +8,8 @@ import typer
 from deltaw.cli.app import app
 from deltaw.cli.base import Adapters, Dtype, Mismatch, Model, Pickle, load_all
 
+COMMANDS = "/base /tuned /clear /quit"
+
 
 @app.command()
 def chat(
@@ -20,28 +22,36 @@ def chat(
     dtype: Dtype = "auto",
 ) -> None:
     """Talk to the base and its adapters. /base and /tuned switch, /clear starts anew, /quit ends."""
+    from deltaw.core.errors import DeltawError
     from deltaw.core.route import use
+    from deltaw.infer.generate import check_sampling
     from deltaw.infer.generate import generate as answer
 
+    check_sampling(max_new_tokens, temperature, 1.0)
     base, route = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle)
     live, messages = route, []
-    print(f"{base.name} with {', '.join(adapter or []) or 'no adapter'}. /base /tuned /clear /quit", file=sys.stderr)
+    print(f"{base.name} with {', '.join(adapter or []) or 'no adapter'}. {COMMANDS}", file=sys.stderr)
     while True:
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            break
-        if text == "/quit":
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        text = line.strip()
+        if not line or text == "/quit":
             break
         if text in ("/base", "/tuned"):
             live = {} if text == "/base" else route
         elif text == "/clear":
             messages = []
+        elif text.startswith("/"):
+            print(f"no command {text.split()[0]}; there are {COMMANDS}", file=sys.stderr)
         elif text:
-            messages.append({"role": "user", "content": text})
-            with use(base.model, live):
-                said = answer(
-                    base.model, base.tokenizer, [messages], max_new_tokens=max_new_tokens, temperature=temperature
-                )[0]
-            messages.append({"role": "assistant", "content": said})
-            print(said)
+            asked = [*messages, {"role": "user", "content": text.encode("utf-8", "replace").decode()}]
+            try:
+                with use(base.model, live):
+                    said = answer(
+                        base.model, base.tokenizer, [asked], max_new_tokens=max_new_tokens, temperature=temperature
+                    )[0]
+            except DeltawError as error:  # the conversation goes on without this turn
+                print(f"error: {error}; /clear starts the conversation anew", file=sys.stderr)
+                continue
+            messages = [*asked, {"role": "assistant", "content": said}]
+            print(said, flush=True)

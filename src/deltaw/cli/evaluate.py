@@ -15,7 +15,9 @@ def evaluate(
     adapter: Adapters = None,
     generations: Annotated[
         int | None,
-        typer.Option(help="Rows to generate answers for (exact match); default all, 0 none.", show_default=False),
+        typer.Option(
+            help="Rows to generate answers for (exact match); default all, 0 none.", show_default=False, min=0
+        ),
     ] = None,
     allow_base_mismatch: Mismatch = False,
     allow_pickle: Pickle = False,
@@ -43,4 +45,8 @@ def evaluate(
     for key in ("loss", "perplexity", "exact_match"):
         if key in result["base"]:
             lines.append(f"{key:12}" + "".join(f"{result[name][key]:12.4f}" for name in columns))
+    if generations is not None and generations < len(rows):
+        lines.append(
+            f"exact match over the first {generations} rows of {len(rows)}" if generations else "no answers generated"
+        )
     show(result, as_json, "\n".join(lines))

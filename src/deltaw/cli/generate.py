@@ -19,7 +19,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus for sampling.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeat.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeat.", show_default=False, min=0)] = None,
     allow_base_mismatch: Mismatch = False,
     allow_pickle: Pickle = False,
     dtype: Dtype = "auto",
@@ -32,8 +32,10 @@ def generate(
     if not prompts:
         raise UseError("no prompt: give one as an argument or on stdin")
     from deltaw.core.route import use
+    from deltaw.infer.generate import check_sampling
     from deltaw.infer.generate import generate as answer
 
+    check_sampling(max_new_tokens, temperature, top_p)
     base, route = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle)
     with use(base.model, route):
         answers = answer(

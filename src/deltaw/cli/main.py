@@ -17,12 +17,17 @@ from deltaw.core.errors import DeltawError
 ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
+
 def main() -> None:
     """Entry point of the `deltaw` command."""
     arguments = [a for a in sys.argv[1:] if a != "--traceback"]
     wants_traceback = len(arguments) < len(sys.argv) - 1
     try:
         code = app(args=arguments, standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
     except ClickException as error:
         error.show()
         code = 2
@@ -34,6 +39,11 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         code = error.code
+    except OSError as error:
+        if wants_traceback or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        code = 1
     except Exception as error:
         if wants_traceback:
             raise

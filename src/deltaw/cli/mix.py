@@ -19,15 +19,22 @@ def mix(
     as_json: Json = False,
 ) -> None:
     """Several adapters into one, the exact weighted sum of their changes (its rank is the sum of theirs)."""
+    from deltaw.analysis.norms import norms
     from deltaw.core.errors import UseError
+    from deltaw.core.files import must_be_free
     from deltaw.formats import directory
     from deltaw.mixing.exact import exact
 
-    if output.exists() and any(output.iterdir()):
-        raise UseError(f"{output} exists and is not empty: give another output folder")
+    must_be_free(output)
     pairs = [with_strength(part) for part in parts]
     states = [directory.read(folder, allow_pickle=allow_pickle)[0] for folder, _ in pairs]
     mixed = exact(states, [weight for _, weight in pairs])
+    if all(norm == 0 for norm in norms(mixed).values()):
+        raise UseError("the mix would change nothing at all: every weight, or every adapter's change, is zero")
     directory.write(mixed, output)
-    record = {"adapter": str(output), "parts": dict(pairs), "parameters": mixed.parameters}
+    record = {
+        "adapter": str(output),
+        "parts": [{"adapter": folder, "weight": weight} for folder, weight in pairs],
+        "parameters": mixed.parameters,
+    }
     show(record, as_json, f"{output}: {' + '.join(f'{w:g} × {f}' for f, w in pairs)}, {mixed.parameters:,} parameters")

@@ -2,11 +2,11 @@
 
 import json
 
-from deltaw.cli.app import app
+from deltaw.cli.app import Json, app
 
 
 @app.command()
-def schema() -> None:
+def schema(as_json: Json = True) -> None:
     """Print the JSON schema of configuration files, with every registered method."""
     from deltaw.config.describe import json_schema
 

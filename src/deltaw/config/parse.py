@@ -4,57 +4,62 @@
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from deltaw.config.schema import AdapterConfig, Config, Source, invalid_pattern
+from deltaw.config.schema import AdapterConfig, Config, DataConfig, Source, TrainConfig, invalid_pattern
 from deltaw.core.errors import ConfigError, did_you_mean, faults
-from deltaw.core.method import get
+from deltaw.core.method import Method, get
+
+SECTIONS: dict[str, type] = {"data": DataConfig, "train": TrainConfig}
 
 
 def parse(record: Any) -> Config:
     """Plain data → Config. Every unknown key and impossible value is named; ConfigError."""
     if not isinstance(record, Mapping):
-        raise ConfigError(
-            f"a configuration is a mapping of sections (model, data, adapter, train, output), not {type(record).__name__}"
-        )
-    record, found = dict(record), []
-    adapter = record.pop("adapter", None)
-    sections: dict[str, Any] = {}
-    if adapter is not None:
-        try:
-            sections["adapter"] = parse_adapter(adapter)
-        except ConfigError as error:
-            found += error.faults or [f"adapter: {error}"]
-    if isinstance(record.get("data"), Mapping):
-        record["data"] = {**record["data"]}
-        for key in ("train", "eval"):
-            if key in record["data"]:
-                record["data"][key] = _sources(record["data"][key], f"data.{key}", found)
-    try:
-        config = _validated(Config, record, "")
-    except ConfigError as error:
-        raise faults(ConfigError, "configuration", [*error.faults, *found]) from None
+        given = "it is empty" if record is None else f"not {record!r}"
+        raise ConfigError(f"a configuration is a mapping of sections (model, data, adapter, train, output): {given}")
+    found: list[str] = []
+    whole = dict(record)
+    data, train, adapter = (whole.pop(key, None) for key in ("data", "train", "adapter"))
+    if isinstance(data, Mapping):
+        data = {k: _sources(v, f"data.{k}", found) if k in ("train", "eval") else v for k, v in data.items()}
+    sections = {
+        "data": _section(DataConfig, {} if data is None else data, "data.", found),
+        "train": _section(TrainConfig, {} if train is None else train, "train.", found),
+        "adapter": None if adapter is None else parse_adapter(adapter, found),
+    }
+    values = _values(Config, whole, "", found, [*SECTIONS, "adapter"])
+    if "model" not in whole:
+        found.append("model is missing")
+    if not found:
+        config = Config(**{**values, **{key: section for key, section in sections.items() if section is not None}})
+        found += _impossible(config)
     if found:
-        raise faults(ConfigError, "configuration", found)
-    config = dataclasses.replace(config, **sections)
-    _check(config)
+        raise faults(ConfigError, "configuration", list(dict.fromkeys(found)))
     return config
 
 
-def parse_adapter(record: Any) -> AdapterConfig:
+def parse_adapter(record: Any, found: list[str]) -> AdapterConfig | None:
     """The `adapter` section: `method` names a registered Method, whose fields stand beside targets, exclude, layers."""
     if not isinstance(record, Mapping):
-        raise ConfigError(f"adapter: must be a mapping like {{method: lora, rank: 16}}, not {record!r}")
-    own = {f.name for f in dataclasses.fields(AdapterConfig)} - {"method"}
-    method = get(str(record.get("method", "lora")))
+        found.append(f"adapter={record!r} must be a section like {{method: lora, rank: 16}}")
+        return None
+    own = [f.name for f in dataclasses.fields(AdapterConfig) if f.name != "method"]
+    try:
+        method = get(str(record.get("method") or "lora"))
+    except ConfigError as error:
+        found.append(f"adapter.method: {error}")
+        return None
     options = {key: value for key, value in record.items() if key not in own and key != "method"}
-    built = _validated(method, options, "adapter.", extra=own)
-    return _validated(AdapterConfig, {"method": built, **{k: v for k, v in record.items() if k in own}}, "adapter.")
+    built: Method | None = _section(method, options, "adapter.", found, own)
+    values = _values(AdapterConfig, {k: v for k, v in record.items() if k in own}, "adapter.", found)
+    return None if built is None else AdapterConfig(method=built, **values)
 
 
 def _sources(given: Any, where: str, found: list[str]) -> Any:
@@ -63,83 +68,101 @@ def _sources(given: Any, where: str, found: list[str]) -> Any:
         return tuple(_sources(one, f"{where}[{number}]", found) for number, one in enumerate(given))
     if not isinstance(given, Mapping):
         return given
+    source: Source | None = _section(Source, given, f"{where}.", found)
+    found += [] if source is None else [f"{where}.{fault}" for fault in source.invalid()]
+    return source or Source(path="")
+
+
+def _section(cls: type, record: Any, prefix: str, found: list[str], others: Collection[str] = ()) -> Any:
+    """An object of the dataclass `cls`, or None and what is wrong in `found`."""
+    fields = dataclasses.fields(cls)
+    if not isinstance(record, Mapping):
+        found.append(f"{prefix[:-1]}={record!r} must be a section with {', '.join(f.name for f in fields[:4])}, …")
+        return None
+    before = len(found)
+    values = _values(cls, record, prefix, found, others)
+    needed = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    found += [f"{prefix}{name} is missing" for name in needed if name not in record]
+    if len(found) > before:
+        return None
     try:
-        source: Source = _validated(Source, given, f"{where}.")
-    except ConfigError as error:
-        found += error.faults
-        return Source(path="")
-    found += [f"{where}.{fault}" for fault in source.invalid()]
-    return source
+        return cls(**values)
+    except ConfigError as error:  # a Method's own opinion of its fields
+        found += [f"adapter: {fault}" for fault in error.faults]
+        return None
 
 
-def _validated(cls: type, record: Mapping[str, Any], prefix: str, extra: Sequence[str] | set[str] = ()) -> Any:
-    known = [f.name for f in dataclasses.fields(cls)]
-    unknown = [key for key in record if key not in known]
-    found = [f"no key {prefix + str(key)!r}{did_you_mean(str(key), [*known, *extra])}" for key in unknown]
-    try:
-        result = TypeAdapter(cls).validate_python({key: value for key, value in record.items() if key in known})
-    except ValidationError as error:
-        for fault in error.errors():
-            names = [f.name for f in dataclasses.fields(cls)]
-            where = prefix + ".".join(str(part) for part in fault["loc"][:1] if part in names)
-            if len(fault["loc"]) > 1 and dataclasses.is_dataclass(
-                next(f for f in dataclasses.fields(cls) if f.name == fault["loc"][0]).type
-            ):
-                where += f".{fault['loc'][1]}"
-            inner = fault.get("ctx", {}).get("error")
-            if fault["type"] == "missing":
-                found.append(f"{where} is missing")
-            elif isinstance(inner, ConfigError):
-                found += [f"{prefix.rstrip('.')}: {line}" for line in inner.faults]
-            elif fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                section = next(f for f in dataclasses.fields(cls) if f.name == str(fault["loc"][0]))
-                inside = (
-                    [f.name for f in dataclasses.fields(section.type)] if dataclasses.is_dataclass(section.type) else []
-                )
-                found.append(f"no key {where!r}{did_you_mean(str(fault['loc'][-1]), inside)}")
-            else:
-                found.append(f"{where}={fault['input']!r}: {fault['msg'][0].lower() + fault['msg'][1:]}")
-    if found:
-        raise faults(ConfigError, "faults", list(dict.fromkeys(found)))
-    return result
+def _values(
+    cls: type, record: Mapping[str, Any], prefix: str, found: list[str], others: Collection[str] = ()
+) -> dict[str, Any]:
+    """The fields that a record gives, as the types of `cls` want them; one fault for each that cannot be."""
+    types, values = typing.get_type_hints(cls), {}
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key, value in record.items():
+        if key not in names:
+            found.append(f"no key {prefix + str(key)!r}{did_you_mean(str(key), [*names, *others])}")
+            continue
+        try:
+            rules = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+            values[key] = TypeAdapter(
+                types[key], config=None if dataclasses.is_dataclass(types[key]) else rules
+            ).validate_python(value)
+        except ValidationError as error:
+            said = dict.fromkeys(fault["msg"][0].lower() + fault["msg"][1:] for fault in error.errors())
+            found.append(f"{prefix}{key}={value!r}: {', or '.join(said).replace(', or input should be', ', or')}")
+    return values
 
 
-def _check(config: Config) -> None:
-    """Values that are of the right type and still impossible."""
-    t, found = config.train, []
+def _impossible(config: Config) -> list[str]:
+    """Values that are of the right type and still cannot be."""
+    t = config.train
     positive = {"epochs": t.epochs, "learning_rate": t.learning_rate, "batch_size": t.batch_size}
     positive |= {"gradient_accumulation": t.gradient_accumulation, "log_every": t.log_every, "keep": t.keep}
     optional = {"max_steps": t.max_steps, "eval_every": t.eval_every, "save_every": t.save_every}
     positive |= {name: value for name, value in optional.items() if value is not None and value != "auto"}
-    found += [f"train.{name}={value!r} must be above 0" for name, value in positive.items() if not value > 0]
-    found += [
-        f"train.{name}={getattr(t, name)!r} must not be negative"
-        for name in ("weight_decay", "clip")
-        if getattr(t, name) < 0
-    ]
+    found = [f"train.{name}={value!r} must be above 0" for name, value in positive.items() if not value > 0]
+    least = {"weight_decay": t.weight_decay, "clip": t.clip}
+    found += [f"train.{name}={value!r} must not be negative" for name, value in least.items() if value < 0]
+    if not 0 <= t.seed < 2**32:
+        found.append(f"train.seed={t.seed!r} must be in [0, 2³²)")
     if not 0 <= t.warmup < 1:
         found.append(f"train.warmup={t.warmup!r} is a share of the steps, in [0, 1)")
     if config.data.max_length is not None and config.data.max_length < 2:
         found.append(f"data.max_length={config.data.max_length!r} must be at least 2")
     if isinstance(config.data.eval, float) and not 0 < config.data.eval < 1:
         found.append(f"data.eval={config.data.eval!r} is a share in (0, 1), a file, or null")
-    found += [f"data.{fault}" for fault in invalid_pattern(config.data.pattern)]
-    if found:
-        raise faults(ConfigError, "configuration", found)
+    return found + [f"data.{fault}" for fault in invalid_pattern(config.data.pattern)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as it should be: a key that stands twice is a mistake, and 2e-4 is a number."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise ConfigError(f"{where} is not valid YAML: {said}") from None
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """A YAML file, with `section.key=value` overrides applied in order."""
     file = Path(path)
     try:
-        record = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"no configuration file {str(path)!r}{did_you_mean(file.name, _neighbours(file))}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return parse(override(record, overrides))
+    return parse(override(_yaml(text, str(path)), overrides))
 
 
 def override(record: Any, overrides: Sequence[str]) -> Any:
@@ -155,7 +178,7 @@ def override(record: Any, overrides: Sequence[str]) -> Any:
         for part in path:
             below = place.get(part)
             place[part] = place = dict(below) if isinstance(below, Mapping) else {}
-        place[last] = yaml.safe_load(value) if value else None
+        place[last] = _yaml(value, f"the value of {key}") if value else None
     return record
 
 

@@ -87,7 +87,7 @@ class AdapterConfig:
     """Modules to adapt: all-linear, attention, mlp, names, full paths or regular expressions."""
     exclude: str | tuple[str, ...] = ()
     """Modules taken away from the targets."""
-    layers: str | tuple[int, ...] | None = None
+    layers: int | str | tuple[int, ...] | None = None
     """Only these layers: "0-3,7"."""
 
 

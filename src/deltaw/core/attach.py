@@ -23,8 +23,9 @@ from deltaw.core.errors import FileError, UseError, did_you_mean, faults
 from deltaw.core.host import host_of
 from deltaw.core.method import Method, Site
 from deltaw.core.place import base_class_of, place, remove
+from deltaw.core.plan import TargetPlan
 from deltaw.core.state import AdapterState, misfit
-from deltaw.core.targets import TargetPlan, Targets
+from deltaw.core.targets import Targets
 
 
 def attach(

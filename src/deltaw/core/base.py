@@ -50,7 +50,7 @@ class BaseIdentity:
             if mine.shape != theirs.shape:
                 return f"{path} has shape {_x(mine.shape)} in {self.name!r} and {_x(theirs.shape)} in {other.name!r}"
             if not _same(mine, theirs):
-                return f"the values of {path} differ between {self.name!r} and {other.name!r}, though the shapes agree"
+                return f"the values of {path} differ from those of {self.name!r}, though the shapes agree"
         return None
 
     def comparable(self, other: "BaseIdentity") -> bool:

@@ -6,15 +6,28 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from deltaw.core.errors import FileError, UseError
+
+
+def must_be_free(target: Path) -> None:
+    """UseError where `target` is there and is not an empty folder: nothing is ever written over."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UseError(f"{target} exists and is not an empty folder: give another output")
+
 
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes when it fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.parent / f".{target.name}.{os.getpid()}.tmp"
     old = draft.with_suffix(".old")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        if target.exists():
+            shutil.copymode(target, draft)
+    except OSError as error:
+        raise FileError(f"{target} cannot be written: {error.strerror or error}: give another folder") from None
     try:
         yield draft
         for file in sorted(draft.rglob("*")):

@@ -84,6 +84,9 @@ def combine(states: Sequence[AdapterState], weights: Sequence[float]) -> Adapter
             methods[site], tensors[site] = parts[0][0].combine(parts)
         except UseError as error:
             found.append(f"{site}: {error}")
+            continue
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors[site].values()):
+            found.append(f"{site}: the mix is too large for fp32: give smaller weights")
     if found:
         raise faults(UseError, "these adapters cannot be mixed exactly", found)
     specs = {site: spec for state in reversed(states) for site, spec in state.specs.items()}

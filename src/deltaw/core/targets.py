@@ -26,6 +26,7 @@ from deltaw.core.errors import TargetError, did_you_mean, faults
 from deltaw.core.guards import bypassed
 from deltaw.core.host import HostSpec, WeightHost, kind_of
 from deltaw.core.method import Method, Site
+from deltaw.core.plan import Target, TargetPlan
 
 PRESETS = ("all-linear", "attention", "mlp")
 Targets = str | Sequence[str]
@@ -48,57 +49,6 @@ class ModuleFact:
     """True for modules outside the model's body (language-model and classifier heads)."""
     refusal: str | None = None
     """Why adapters on this module would be ignored or wrong."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """One planned adapter: its site, the layer it sits on and the method with all values resolved."""
-
-    site: Site
-    layer: str
-    spec: HostSpec
-    method: Method
-    trainable: int
-
-
-@dataclass(frozen=True)
-class TargetPlan:
-    """What `attach` does, or did. `print(plan)` shows it as a table, equal layers folded into one line."""
-
-    targets: tuple[Target, ...]
-    base_parameters: int
-    notes: tuple[str, ...] = ()
-
-    @property
-    def trainable(self) -> int:
-        """Trainable parameters of the adapter."""
-        return sum(target.trainable for target in self.targets)
-
-    @property
-    def paths(self) -> list[str]:
-        """Paths of the adapted modules, in model order, each once."""
-        return list(dict.fromkeys(target.site.path for target in self.targets))
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __str__(self) -> str:
-        rows: dict[tuple[str, ...], list[int]] = {}
-        for t in self.targets:
-            folded = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", str(t.site))
-            rank = getattr(t.method, "rank", None)
-            key = (folded, t.layer, "×".join(map(str, t.spec.shape)), t.method.name, "–" if rank is None else str(rank))
-            rows.setdefault(key, []).append(t.trainable)
-        table: list[tuple[str, ...]] = [("module", "layer", "shape", "method", "rank", "count", "trainable")]
-        table += [(*key, str(len(counts)), f"{sum(counts):,}") for key, counts in rows.items()]
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
-        share = 100 * self.trainable / self.base_parameters if self.base_parameters else 0.0
-        trainable = f"{self.trainable:,} trainable, {share:.4g} % of the base's {self.base_parameters:,}"
-        lines.append(f"{len(self.targets)} adapters, {trainable}")
-        return "\n".join([*lines, *self.notes])
 
 
 def facts(model: nn.Module, method: Method) -> list[ModuleFact]:
@@ -229,16 +179,18 @@ def plan(
     by_path = {fact.path: fact for fact in known}
     extra = method.companions({fact.path: fact.parameters for fact in known}, list(chosen))
     planned: list[Target] = []
+    unfit: dict[tuple[str, str, str], list[str]] = {}  # what does not fit, with all modules it is true of
     saved = {site.path for site in extra if site.slot == "weight"}
     for path in [path for path in chosen if path not in saved]:
         for slot, spec in chosen[path].slots.items():
             reason = method.at(path, spec).unfit(spec)
             if reason:
-                found.append(
-                    f"{path or 'the model itself'} ({chosen[path].layer} {'×'.join(map(str, spec.shape))}): {reason}"
-                )
+                unfit.setdefault((chosen[path].layer, "×".join(map(str, spec.shape)), reason), []).append(path)
             else:
                 planned.append(_target(Site(path, slot), chosen[path].layer, spec, method))
+    for (layer, shape, reason), paths in unfit.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        found.append(f"{paths[0] or 'the model itself'}{more} ({layer} {shape}): {reason}")
     found += method.unused([t.site.path for t in planned])
     for site, companion in extra.items():
         reason = bypassed(model, site.path)

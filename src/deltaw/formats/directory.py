@@ -193,7 +193,7 @@ def _there(folder: Path) -> None:
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
-        raise FileError(f"{folder} holds no {CONFIG}: the method of its tensors is unknown")
+        raise FileError(f"{folder} holds no {CONFIG}, which says what its tensors mean: fetch the folder again, whole")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

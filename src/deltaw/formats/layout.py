@@ -8,6 +8,8 @@ from dataclasses import dataclass
 class Layout:
     entries: Mapping[str, Collection[str]]
     """Path of every module of the base → names of its own parameters and saved buffers."""
+    containers: Collection[str] = ()
+    """Paths of lists and dictionaries of modules, which PEFT does not wrap as a whole."""
     transposed: Collection[str] = ()
     """Paths of linear layers that store Wᵀ (transformers' Conv1D)."""
 

@@ -49,6 +49,10 @@ CLASSES = {
 }
 
 
+RESERVED = {"base_layer", "original_module", "modules_to_save", "token_adapter", "lora_A", "lora_B"}
+"""Parts of PEFT's keys: a base's module of such a name cannot be told from them."""
+
+
 def to_peft(state: AdapterState, layout: Layout | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, tensors) that PEFT loads to the same function.
 
@@ -73,6 +77,8 @@ def _no_format(site: Site, method: Method, state: AdapterState) -> str | None:
         return f"PEFT has no format for {method.name!r}"
     if not site.path:
         return "PEFT never adapts the model itself, only modules inside it"
+    if RESERVED & set(site.path.split(".")):
+        return "a module on the way has one of PEFT's own names"
     if state.specs[site].groups > 1:
         return "PEFT's grouped convolution is another function (it has no ΔW of the weight's shape)"
     other = state.methods.get(Site(site.path))
@@ -168,13 +174,20 @@ def _targets(paths: list[str], whole: list[str], layout: Layout | None) -> list[
 def _whole_modules(full: set[Site], low_rank: list[str], layout: Layout | None) -> list[str]:
     """Entries of modules_to_save: topmost modules that are trained whole and drag in no other."""
     owners = sorted({site.path for site in full})
-    entries = []
-    for path in [p for p in owners if not any(p.startswith(f"{other}.") for other in owners)]:
-        hits = [path] if layout is None else [p for p in layout.entries if saved([path], p)]
-        known = [] if layout is None else [Site(*entry) for hit in hits for entry in layout.below(hit)]
-        if full.issuperset(known) and not any(shadowed([path], other) for other in low_rank):
+    tops = [p for p in owners if not any(p.startswith(f"{other}.") for other in owners)]
+    hits = {p: [p] if layout is None else [other for other in layout.entries if saved([p], other)] for p in tops}
+    entries: list[str] = []
+    covered: list[str] = []
+    for path in sorted(tops, key=lambda p: (-len(hits[p]), p)):  # an entry that wraps several goes first
+        if any(path == other or path.startswith(f"{other}.") for other in covered):
+            continue
+        known = [] if layout is None else [Site(*entry) for hit in hits[path] for entry in layout.below(hit)]
+        unfit = any(a != b and a.startswith(f"{b}.") for a in hits[path] for b in hits[path])
+        unfit = unfit or (layout is not None and any(hit in layout.containers for hit in hits[path]))
+        if full.issuperset(known) and not unfit and not any(shadowed([path], other) for other in low_rank):
             entries.append(path)
-    return entries
+            covered += hits[path]
+    return sorted(entries)
 
 
 def _task(state: AdapterState, full: set[Site], low_rank: list[str], layout: Layout | None) -> str | None:

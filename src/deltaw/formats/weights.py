@@ -23,7 +23,7 @@ def read_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
         )
     found = [f"{key} holds NaN or infinite values" for key, t in tensors.items() if not torch.isfinite(t).all()]
     if found:
-        raise faults(FileError, f"{file}", found)
+        raise faults(FileError, f"{file} (training diverged, or the file is damaged: fetch or train it again)", found)
     return tensors
 
 
@@ -34,7 +34,7 @@ def _safe(file: Path) -> dict[str, Tensor]:
             return {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118  not a mapping
     except (SafetensorError, OSError) as error:
         with open(file, "rb") as start:
-            pickled = start.read(2) in (b"PK", b"\x80\x02")
+            pickled = start.read(2)[:1] == b"\x80" or (start.seek(0) == 0 and start.read(2) == b"PK")
         reason = "it is a pickle under another name" if pickled else f"corrupt or cut short ({error})"
         raise FileError(f"{file} is not a safetensors file: {reason}; fetch it again") from None
 

@@ -3,13 +3,14 @@
 Padding is on the left, positions follow the attention mask, and the answer ends before its stop token.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from deltaw.core.errors import UseError
+from deltaw.core.errors import UseError, faults
 
 Prompt = str | Sequence[dict[str, str]]
 """A user's turn as text, or a whole conversation as messages."""
@@ -48,6 +49,15 @@ def generate(
     )  # fmt: skip
 
 
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """UseError for settings that cannot be."""
+    found = [] if 0 <= temperature < math.inf else [f"temperature={temperature} must not be negative"]
+    found += [] if 0 < top_p <= 1 else [f"top_p={top_p} must be in (0, 1]"]
+    found += [] if max_new_tokens >= 1 else [f"max_new_tokens={max_new_tokens} must be at least 1"]
+    if found:
+        raise faults(UseError, "sampling", found)
+
+
 def answer_all(
     model: nn.Module,
     tokenizer: Any,
@@ -60,10 +70,7 @@ def answer_all(
     batch_size: int = 32,
 ) -> list[str]:
     """As `generate`, for prompts that are token ids already."""
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise UseError(
-            f"temperature={temperature} must not be negative, top_p={top_p} in (0, 1], max_new_tokens={max_new_tokens} at least 1"
-        )
+    check_sampling(max_new_tokens, temperature, top_p)
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     limit = getattr(model.config, "max_position_embeddings", None)

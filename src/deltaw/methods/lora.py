@@ -82,6 +82,17 @@ class LoRA(Method):
     """Names of modules trained in full and stored with the adapter, e.g. a new classifier."""
 
     def invalid(self) -> Sequence[str]:
+        wrong = [
+            f"{k}={v!r} must be a table {{module: number}}"
+            for k, v in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern))
+            if not isinstance(v, Mapping)
+        ]
+        if isinstance(self.modules_to_save, str):
+            wrong.append(
+                f"modules_to_save={self.modules_to_save!r} must be a list of names: [{self.modules_to_save!r}]"
+            )
+        if wrong:
+            return wrong
         ranks = {"rank": self.rank, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
         alphas = {"alpha": self.alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
         found = [
@@ -97,7 +108,9 @@ class LoRA(Method):
                 re.compile(pattern)
             except re.error as error:
                 found.append(f"{option}: {pattern!r} is not a valid regular expression: {error}")
-        if not 0.0 <= self.dropout < 1.0:
+        if not isinstance(self.rslora, bool):
+            found.append(f"rslora={self.rslora!r} is neither true nor false")
+        if not isinstance(self.dropout, int | float) or isinstance(self.dropout, bool) or not 0.0 <= self.dropout < 1.0:
             found.append(f"dropout={self.dropout!r} is not in [0, 1)")
         if not _positive(self.init_std):
             found.append(f"init_std={self.init_std!r} is not a positive number")

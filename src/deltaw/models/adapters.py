@@ -71,14 +71,17 @@ def save(model: nn.Module, path: str | Path, *, name: str = "default", meta: Map
 
 def layout(model: nn.Module) -> Layout:
     """What PEFT's config needs to know of the base under `model`; adapters are left out."""
-    entries, transposed = {}, set()
+    entries, containers, transposed = {}, set(), set()
+    lists = nn.ModuleDict | nn.ModuleList | nn.ParameterDict | nn.ParameterList
     for path, module in base_modules(model):
         saved = set(module._buffers) - module._non_persistent_buffers_set
         entries[path] = [n for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
         entries[path] = [n for n in entries[path] if n in module._parameters or n in saved]
+        if isinstance(module, lists):
+            containers.add(path)
         if isinstance(host_of(module), TransposedLinearHost):
             transposed.add(path)
-    return Layout(entries, transposed)
+    return Layout(entries, containers, transposed)
 
 
 def load(

@@ -73,6 +73,8 @@ def base_of_adapter(folder: Path) -> str:
         near = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise FileError(f"no adapter folder {str(folder)!r}{did_you_mean(folder.name, near)}")
     name = named_base(folder)
+    if name is None and (folder / "adapter").is_dir():
+        raise UseError(f"{folder} is a run, its adapter is in a folder of its own: give {folder / 'adapter'}")
     if name is None:
         raise UseError(f"{folder} does not name the base it was trained on: give it with --model")
     return name
@@ -102,6 +104,10 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
         config = transformers.AutoConfig.from_pretrained(source)
     except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be loaded
         raise _unreadable(name, error) from error
+    if not len(tokenizer):
+        raise FileError(
+            f"the base {name!r} has no tokenizer in its folder: save one there, with tokenizer.save_pretrained"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # labels come from spans, so that padding as eos is safe
     text = config.get_text_config()

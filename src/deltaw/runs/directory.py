@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from deltaw.core.errors import FileError, UseError
-from deltaw.core.files import write_text
+from deltaw.core.files import must_be_free, write_text
 
 CONFIG, PLAN, EVENTS = "config.yaml", "plan.json", "events.jsonl"
 
@@ -33,12 +33,9 @@ class RunDirectory:
     def must_be_free(self) -> None:
         """UseError where the folder cannot become a new run: nothing is ever written over."""
         if (self.path / CONFIG).exists():
-            raise UseError(
-                f"{self.path} already holds a run: give another output, continue it with "
-                f"`deltaw train --resume {self.path}`, or delete it"
-            )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UseError(f"{self.path} exists and is not an empty folder: give another output")
+            more = f"continue it with `deltaw train --resume {self.path}`, " if self.steps() else ""
+            raise UseError(f"{self.path} already holds a run: give another output, {more}or delete it")
+        must_be_free(self.path)
 
     def create(self, config: Mapping[str, Any], version: str) -> None:
         """Make the folder, with the configuration in it."""
@@ -49,6 +46,11 @@ class RunDirectory:
             write_text(self.path / CONFIG, f"# deltaw {version}\n{text}")
         except OSError as error:
             raise FileError(f"the run cannot be written to {self.path}: {error.strerror or error}") from None
+
+    def withdraw(self) -> None:
+        """Delete a run that stopped before its first step and checkpoint: it could neither be continued nor read."""
+        if not self.steps() and not self.events("step") and not self.adapter.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def config(self) -> Any:
         """The configuration of the run, plain data."""

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.errors import MergeError, UseError
-from deltaw.core.files import whole_folder
+from deltaw.core.errors import MergeError
+from deltaw.core.files import must_be_free, whole_folder
 from deltaw.core.merge import merge as merge_live
 from deltaw.core.route import use
 from deltaw.models.adapters import load
@@ -46,8 +46,7 @@ def merge_to_folder(
     adapter does; nothing is left behind then.
     """
     target = Path(output)
-    if target.exists() and any(target.iterdir()):
-        raise UseError(f"{output} exists and is not empty: give another output folder")
+    must_be_free(target)
     written = _dtype(model, dtype)
     base = load_base(model, dtype="fp32", device=torch.device("cpu"))
     load(base.model, adapter, name="merged", allow_base_mismatch=allow_base_mismatch, allow_pickle=allow_pickle)

@@ -7,6 +7,7 @@ run.adapter, run.losses["held_out"]
 import dataclasses
 import hashlib
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,8 +20,8 @@ import deltaw
 from deltaw.config import parse
 from deltaw.config.schema import Config
 from deltaw.core.attach import attach, extract
-from deltaw.core.errors import TrainError
-from deltaw.core.targets import TargetPlan
+from deltaw.core.errors import TrainError, UseError
+from deltaw.core.plan import TargetPlan
 from deltaw.data.collate import Collator
 from deltaw.data.encode import Encoded
 from deltaw.formats import directory
@@ -51,6 +52,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = Fals
     Only adapter tensors receive gradients, checked at the first step. Raises ConfigError, DataError, TargetError before
     anything is trained; TrainError when the run cannot go on, with what is saved so far still in the run directory.
     """
+    one_process()
     if isinstance(config, str | Path):
         config = parse.read(config)
     elif not isinstance(config, Config):
@@ -62,10 +64,20 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = Fals
 
 def resume(path: str | Path, *, quiet: bool = False) -> Run:
     """Continue the run in `path` from its newest checkpoint: weights, optimizer, schedule, RNG and order of rows."""
+    one_process()
     run = RunDirectory(path)
     config = parse.parse(run.config())
     run.last_checkpoint()  # the error comes before the base is loaded
+    if run.adapter.exists():
+        raise UseError(f"{path} is finished, its adapter is {run.adapter}: start another run to train further")
     return _train(config, run, prepare(config), quiet, resume=True)
+
+
+def one_process() -> None:
+    """Several processes would train apart from each other, without a word: refuse them until they train together."""
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    if world > 1:
+        raise UseError(f"training runs in one process, torchrun started {world}: start `deltaw train` by itself")
 
 
 def _train(config: Config, run: RunDirectory, data: Prepared, quiet: bool, resume: bool) -> Run:
@@ -88,6 +100,7 @@ def _train(config: Config, run: RunDirectory, data: Prepared, quiet: bool, resum
             "trainable": plan.trainable,
             "base_parameters": plan.base_parameters,
             "rows": report.kept,
+            "held_out": len(data.held_out),
             "dropped": dict(report.dropped),
             "supervised_tokens": report.supervised_tokens,
             "steps": steps,
@@ -98,7 +111,7 @@ def _train(config: Config, run: RunDirectory, data: Prepared, quiet: bool, resum
         f"[bold]{base.name}[/]  {len(plan)} adapters, {plan.trainable:,} trainable of {plan.base_parameters:,}",
         highlight=False,
     )
-    progress.console.print(str(report), highlight=False)
+    progress.console.print(f"{report}\nheld out {len(data.held_out):,} rows", highlight=False)
     progress.console.print(data.shown(), highlight=False, markup=False, soft_wrap=True)
     lengths = [len(row.ids) for row in data.encoded]
     packing = use_packing(config.data.packing, base.model, lengths, config.train.batch_size)
@@ -108,14 +121,20 @@ def _train(config: Config, run: RunDirectory, data: Prepared, quiet: bool, resum
         Collator(base.tokenizer, packing=packing),
         [Events(run), GradientCheck(run, NAME), stop, progress],
     )  # fmt: skip
-    before = {} if resume or not data.held_out else {"base": trainer.evaluate()["eval_loss"]}
     run.log("resume" if resume else "start", steps=steps, trainable=plan.trainable)
     checkpoint = str(run.last_checkpoint()) if resume else None
     try:
+        if data.held_out and not resume:
+            trainer.evaluate()
         trainer.train(resume_from_checkpoint=checkpoint)
+    except BaseException:
+        run.withdraw()
+        raise
     finally:
         stop.release()
         progress.release()
+    first = [event["loss"] for event in run.events("eval") if event["step"] == 0]
+    before = {"base": first[0]} if first else {}
     reached = trainer.state.global_step
     if stop.interrupted:
         run.log("interrupted", step=reached)

@@ -50,9 +50,11 @@ class AdapterTrainer(Trainer):
             num_warmup_steps=int(config.warmup * steps),
             num_training_steps=steps,
         )
+        one = arguments(run.path, config, steps, every, bool(held_out), next(model.parameters()).device)
+        one._n_gpu = min(1, one.n_gpu)  # several cards in one process would be DataParallel, which our loss bypasses
         super().__init__(
             model=model,
-            args=arguments(run.path, config, steps, every, bool(held_out), next(model.parameters()).device),
+            args=one,
             train_dataset=rows,
             eval_dataset=held_out or None,
             data_collator=collate,

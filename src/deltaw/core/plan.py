@@ -1,0 +1,58 @@
+"""TargetPlan: what `attach` does, or did, as plain data that prints as a table. Made by `deltaw.core.targets`."""
+
+import re
+from dataclasses import dataclass
+
+from deltaw.core.host import HostSpec
+from deltaw.core.method import Method, Site
+
+
+@dataclass(frozen=True)
+class Target:
+    """One planned adapter: its site, the layer it sits on and the method with all values resolved."""
+
+    site: Site
+    layer: str
+    spec: HostSpec
+    method: Method
+    trainable: int
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """What `attach` does, or did. `print(plan)` shows it as a table, equal layers folded into one line."""
+
+    targets: tuple[Target, ...]
+    base_parameters: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def trainable(self) -> int:
+        """Trainable parameters of the adapter."""
+        return sum(target.trainable for target in self.targets)
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the adapted modules, in model order, each once."""
+        return list(dict.fromkeys(target.site.path for target in self.targets))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __str__(self) -> str:
+        rows: dict[tuple[str, ...], list[int]] = {}
+        for t in self.targets:
+            folded = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", str(t.site))
+            rank = getattr(t.method, "rank", None)
+            key = (folded, t.layer, "×".join(map(str, t.spec.shape)), t.method.name, "–" if rank is None else str(rank))
+            rows.setdefault(key, []).append(t.trainable)
+        table: list[tuple[str, ...]] = [("module", "layer", "shape", "method", "rank", "count", "trainable")]
+        table += [(*key, str(len(counts)), f"{sum(counts):,}") for key, counts in rows.items()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        share = 100 * self.trainable / self.base_parameters if self.base_parameters else 0.0
+        trainable = f"{self.trainable:,} trainable, {share:.4g} % of the base's {self.base_parameters:,}"
+        lines.append(f"{len(self.targets)} adapters, {trainable}")
+        return "\n".join([*lines, *self.notes])
