@@ -27,6 +27,7 @@ def load_all(
     """The base with every adapter loaded, none of them live yet, and the route that makes them live."""
     from deltaw.core.errors import UseError
     from deltaw.core.route import use
+    from deltaw.data.template import use_kept_template
     from deltaw.models.adapters import load
     from deltaw.models.base import base_of_adapter, load_base
 
@@ -38,6 +39,7 @@ def load_all(
     for number, (folder, strength) in enumerate(folders):
         load(base.model, folder, name=f"adapter{number}", allow_base_mismatch=mismatch, allow_pickle=pickle)
         route[f"adapter{number}"] = strength
+        use_kept_template(base.tokenizer, Path(folder))
     use(base.model, {})
     return base, route
 

@@ -4,7 +4,9 @@ Exit codes: 0 done, 1 failed, 2 wrong use or configuration. Errors are one sente
 came from.
 """
 
+import signal
 import sys
+import threading
 from typing import Any
 
 import typer
@@ -20,8 +22,21 @@ ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__na
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 
+class Interrupt:
+    """The handler of Ctrl-C. Python loses an interrupt that falls into a destructor or a weak reference's callback, so
+    that it is remembered here: training asks `seen` before its first step."""
+
+    seen = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point of the `deltaw` command."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, Interrupt())
     arguments = [a for a in sys.argv[1:] if a != "--traceback"]
     wants_traceback = len(arguments) < len(sys.argv) - 1
     try:

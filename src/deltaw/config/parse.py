@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import re
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -50,7 +51,12 @@ def parse_adapter(record: Any, found: list[str]) -> AdapterConfig | None:
     if not isinstance(record, Mapping):
         found.append(f"adapter={record!r} must be a section like {{method: lora, rank: 16}}")
         return None
+    if "from" in record:  # a word of Python, so the field has another name
+        record = {"start" if key == "from" else key: value for key, value in record.items()}
     own = [f.name for f in dataclasses.fields(AdapterConfig) if f.name != "method"]
+    if record.get("start") and len(record) > 1:
+        others = ", ".join(map(repr, (key for key in record if key != "start")))
+        found.append(f"adapter.from brings its own method and targets: leave out {others}")
     try:
         method = get(str(record.get("method") or "lora"))
     except ConfigError as error:
@@ -125,6 +131,12 @@ def _impossible(config: Config) -> list[str]:
     found += [f"train.{name}={value!r} must not be negative" for name, value in least.items() if value < 0]
     if not 0 <= t.seed < 2**32:
         found.append(f"train.seed={t.seed!r} must be in [0, 2³²)")
+    positive_or_none = {"neftune": t.neftune, "early_stopping": t.early_stopping}
+    found += [f"train.{k}={v!r} must be above 0" for k, v in positive_or_none.items() if v is not None and not v > 0]
+    found += [f"train.rates[{k!r}]={v!r} must not be negative" for k, v in t.rates.items() if v < 0]
+    found += [f"train.rates: {k!r} is not a regular expression" for k in t.rates if not _compiles(k)]
+    if (t.best or t.early_stopping) and config.data.eval is None:
+        found.append("train.best and train.early_stopping go by held-out rows: set data.eval")
     if not 0 <= t.warmup < 1:
         found.append(f"train.warmup={t.warmup!r} is a share of the steps, in [0, 1)")
     if config.data.max_length is not None and config.data.max_length < 2:
@@ -132,6 +144,14 @@ def _impossible(config: Config) -> list[str]:
     if isinstance(config.data.eval, float) and not 0 < config.data.eval < 1:
         found.append(f"data.eval={config.data.eval!r} is a share in (0, 1), a file, or null")
     return found + [f"data.{fault}" for fault in invalid_pattern(config.data.pattern)]
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 class _Loader(yaml.SafeLoader):

@@ -89,6 +89,8 @@ class AdapterConfig:
     """Modules taken away from the targets."""
     layers: int | str | tuple[int, ...] | None = None
     """Only these layers: "0-3,7"."""
+    start: str | None = None
+    """Go on from this adapter folder (`from` in files); it brings its own method and targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,22 @@ class TrainConfig:
     """Steps between lines of the event log."""
     keep: int = 2
     """Checkpoints kept, newest last."""
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = "adamw"
+    """AdamW with fp32 states, or with 8-bit ones (bitsandbytes)."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Factors of the learning rate for some modules: {regular expression over the path: factor}; the first hit wins."""
+    group_by_length: bool = False
+    """Put rows of like lengths into one batch. Less padding, another order of rows."""
+    neftune: float | None = None
+    """Noise on the embeddings in training (NEFTune), e.g. 5; its size is this over √(length × width)."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    best: bool = False
+    """Finish with the adapter of the best evaluation, not with that of the last step."""
+    early_stopping: int | None = None
+    """Stop after so many evaluations without a better one."""
+    report_to: tuple[str, ...] = ()
+    """Other loggers of the trainer, e.g. [tensorboard] or [wandb]; events.jsonl is always written."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,13 @@ from torch import nn
 from deltaw.core import guards, route
 from deltaw.core import targets as planning
 from deltaw.core.adapter import Adapter
-from deltaw.core.base import identify, unwrapped
+from deltaw.core.base import base_parameters, identify, unwrapped
 from deltaw.core.carried import carried, here, vanished
 from deltaw.core.errors import FileError, UseError, did_you_mean, faults
 from deltaw.core.host import host_of
 from deltaw.core.method import Method, Site
 from deltaw.core.place import base_class_of, place, remove
-from deltaw.core.plan import TargetPlan
+from deltaw.core.plan import Target, TargetPlan
 from deltaw.core.state import AdapterState, misfit
 from deltaw.core.targets import Targets
 
@@ -109,6 +109,16 @@ def adapters(model: nn.Module, name: str = "default") -> dict[Site, Adapter]:
             if id(adapter) not in found or (own and not found[id(adapter)][2]):
                 found[id(adapter)] = (Site(path, host.slot), adapter, own)
     return {site: adapter for site, adapter, _ in found.values()}
+
+
+def plan_of(model: nn.Module, name: str) -> TargetPlan:
+    """What is attached to `model` under `name`, as the plan that would have made it."""
+    targets = []
+    for site, adapter in adapters(model, name).items():
+        layer = base_class_of(model.get_submodule(site.path))
+        size = sum(parameter.numel() for parameter in adapter.parameters())
+        targets.append(Target(site, layer.__name__, adapter.spec, adapter.method, size))
+    return TargetPlan(tuple(targets), sum(p.numel() for _, p in base_parameters(model)))
 
 
 def insert(model: nn.Module, state: AdapterState, *, name: str = "default") -> None:

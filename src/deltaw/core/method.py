@@ -74,6 +74,10 @@ class Method:
         """A fresh adapter for a slot of this shape, fp32 on the CPU, whose change is zero."""
         raise NotImplementedError
 
+    def rates(self) -> Mapping[str, float]:
+        """Factors of the learning rate for some of its tensors, by name; those left out have 1."""
+        return {}
+
     def factors(self, tensors: Mapping[str, Tensor]) -> Factors | None:
         """Saved tensors as low-rank factors (2-D, fp32) where the change is exactly that, else None."""
         return None

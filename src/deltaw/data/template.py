@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.core.errors import ConfigError, did_you_mean
+from deltaw.core.files import write_text
 from deltaw.data.conversation import Message
 
 
@@ -62,6 +63,21 @@ def template(given: str) -> str:
             f"data.template={given!r} is no file that can be read and none of {', '.join(TEMPLATES)}"
             f"{did_you_mean(given, TEMPLATES)}"
         ) from None
+
+
+KEPT = "chat_template.jinja"
+
+
+def keep_template(tokenizer: Any, chosen: str | None, folder: Path) -> None:
+    """Write the template that an adapter was trained with beside it, where it is not the base's own."""
+    if chosen is not None:
+        write_text(folder / KEPT, tokenizer.chat_template)
+
+
+def use_kept_template(tokenizer: Any, folder: Path) -> None:
+    """Give the tokenizer the template kept with an adapter: another one than in training costs half of what was learnt."""
+    if (folder / KEPT).is_file():
+        tokenizer.chat_template = (folder / KEPT).read_text(encoding="utf-8")
 
 
 def as_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:

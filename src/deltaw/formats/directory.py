@@ -46,6 +46,8 @@ class Stored:
     """Copies of the base's own tensors that PEFT put beside the adapter, by their names in the model."""
     base_name: str | None
     """What the files call the base; not proven by anything."""
+    digest: str
+    """Of the tensors, as deltaw.json has it."""
 
 
 def write(state: AdapterState, path: str | Path, *, layout: Layout | None = None) -> None:
@@ -92,7 +94,9 @@ def open_directory(path: str | Path, *, allow_pickle: bool = False, strict: bool
     if not (folder / OURS).is_file():
         config = _config(folder)
         state, notes = from_peft(config, tensors, strict=strict)
-        return Stored(state, notes, base_copies(config, tensors), config.get("base_model_name_or_path"))
+        return Stored(
+            state, notes, base_copies(config, tensors), config.get("base_model_name_or_path"), manifest.digest(tensors)
+        )
     ours = manifest.read((folder / OURS).read_text(encoding="utf-8"), str(folder / OURS))
     if manifest.digest(tensors) != ours.digest:
         raise FileError(
@@ -109,7 +113,7 @@ def open_directory(path: str | Path, *, allow_pickle: bool = False, strict: bool
         apart = ", ".join(sorted(map(str, placed.keys() ^ ours.methods.keys()))[:6])
         raise FileError(f"{folder}: {OURS} and {WEIGHTS} disagree about {apart}")
     whole = AdapterState(ours.methods, placed, ours.specs, base=ours.base, meta=ours.meta)
-    return Stored(whole, notes, {}, ours.base.name if ours.base else None)
+    return Stored(whole, notes, {}, ours.base.name if ours.base else None, ours.digest)
 
 
 def _agree(folder: Path, state: AdapterState, ours: manifest.Manifest) -> None:

@@ -72,6 +72,8 @@ class LoRA(Method):
     """How A starts: kaiming U(±1/√in); gaussian N(0, 1/r); normal N(0, init_std). B starts at zero."""
     init_std: float = 0.02
     """Standard deviation of init: normal."""
+    plus: float = 1.0
+    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354; there 16)."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Other ranks for some modules: {name or regular expression at the end of the path: rank}; the first hit wins."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -112,6 +114,8 @@ class LoRA(Method):
             found.append(f"rslora={self.rslora!r} is neither true nor false")
         if not isinstance(self.dropout, int | float) or isinstance(self.dropout, bool) or not 0.0 <= self.dropout < 1.0:
             found.append(f"dropout={self.dropout!r} is not in [0, 1)")
+        if not _positive(self.plus):
+            found.append(f"plus={self.plus!r} is not a positive number")
         if not _positive(self.init_std):
             found.append(f"init_std={self.init_std!r} is not a positive number")
         for option, known in (("init", ("kaiming", "gaussian", "normal")), ("bias", ("none", "all", "lora_only"))):
@@ -172,6 +176,9 @@ class LoRA(Method):
         else:
             nn.init.normal_(adapter.lora_A, std=1 / self.rank if self.init == "gaussian" else self.init_std)
         return adapter
+
+    def rates(self) -> Mapping[str, float]:
+        return {"lora_B": self.plus} if self.plus != 1.0 else {}
 
     def factors(self, tensors: Mapping[str, Tensor]) -> Factors | None:
         return Factors(tensors["lora_A"].float().flatten(1), tensors["lora_B"].float().flatten(1), self.scale)

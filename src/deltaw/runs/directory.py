@@ -4,6 +4,7 @@ config.yaml             the resolved configuration; `deltaw train config.yaml ou
 plan.json               what was predicted before the first step
 events.jsonl            append-only: start, step, eval, checkpoint, warning, interrupted, resume, end
 checkpoints/step-N/     adapter, optimizer, schedule, RNG; each whole or not there
+best/                   the adapter of the best evaluation, where train.best asks for it
 adapter/                the finished adapter
 """
 
@@ -29,6 +30,7 @@ class RunDirectory:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.adapter = self.path / "adapter"
+        self.best = self.path / "best"
 
     def must_be_free(self) -> None:
         """UseError where the folder cannot become a new run: nothing is ever written over."""
@@ -60,6 +62,14 @@ class RunDirectory:
             raise UseError(f"{self.path} holds no run: there is no {CONFIG} in it") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise FileError(f"{self.path / CONFIG} cannot be read: {' '.join(str(error).split())}") from None
+
+    def plan(self) -> dict[str, Any]:
+        """The plan of the run; empty where there is none."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         write_text(self.path / PLAN, json.dumps(dict(plan), indent=2, ensure_ascii=False) + "\n")

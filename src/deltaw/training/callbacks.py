@@ -93,6 +93,9 @@ class CleanStop(TrainerCallback):
         self._before: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.interrupted = getattr(
+            signal.getsignal(signal.SIGINT), "seen", False
+        )  # one that Python lost on the way here
         try:
             self._before = signal.signal(signal.SIGINT, self._note)
         except ValueError:  # not the main thread: whoever owns the process handles its signals

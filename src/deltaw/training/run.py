@@ -9,26 +9,31 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 import deltaw
 from deltaw.config import parse
 from deltaw.config.schema import Config
-from deltaw.core.attach import attach, extract
-from deltaw.core.errors import TrainError, UseError
+from deltaw.core.attach import attach, extract, plan_of, trainable
+from deltaw.core.errors import TrainError, UseError, did_you_mean, faults
 from deltaw.core.plan import TargetPlan
 from deltaw.data.collate import Collator
+from deltaw.data.dataset import digest
 from deltaw.data.encode import Encoded
+from deltaw.data.template import keep_template
 from deltaw.formats import directory
 from deltaw.infer.packing import use_packing
+from deltaw.models.adapters import load
 from deltaw.models.base import Base, load_base
 from deltaw.runs.directory import RunDirectory
 from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, peak_memory
+from deltaw.training.optimizer import groups
 from deltaw.training.prepare import Prepared, prepare
 from deltaw.training.trainer import NAME, AdapterTrainer
 
@@ -82,39 +87,22 @@ def one_process() -> None:
 
 def _train(config: Config, run: RunDirectory, data: Prepared, quiet: bool, resume: bool) -> Run:
     began = time.monotonic()
-    report = data.report
+    _reporters(config.train.report_to)
     steps, every = _steps(config, len(data.encoded))
     base = dataclasses.replace(load_base(config.model, dtype=config.train.dtype), tokenizer=data.tokenizer)
     set_seed(config.train.seed)
-    chosen = config.adapter
-    plan = attach(
-        base.model, chosen.method, targets=chosen.targets, exclude=chosen.exclude, layers=chosen.layers, name=NAME
-    )
-    if not resume:  # not before: what cannot be attached leaves no run behind
-        run.create(config.to_dict(), deltaw.__version__)
-    run.write_plan(
-        {
-            "base": base.name,
-            "method": chosen.method.name,
-            "adapters": len(plan),
-            "trainable": plan.trainable,
-            "base_parameters": plan.base_parameters,
-            "rows": report.kept,
-            "held_out": len(data.held_out),
-            "dropped": dict(report.dropped),
-            "supervised_tokens": report.supervised_tokens,
-            "steps": steps,
-        }
-    )
-    progress, stop = ProgressBar(quiet), CleanStop()
-    progress.console.print(
-        f"[bold]{base.name}[/]  {len(plan)} adapters, {plan.trainable:,} trainable of {plan.base_parameters:,}",
-        highlight=False,
-    )
-    progress.console.print(f"{report}\nheld out {len(data.held_out):,} rows", highlight=False)
-    progress.console.print(data.shown(), highlight=False, markup=False, soft_wrap=True)
+    plan, parents = _attach(config, base)
+    facts = _facts(config, base, data, plan, steps)
     lengths = [len(row.ids) for row in data.encoded]
     packing = use_packing(config.data.packing, base.model, lengths, config.train.batch_size)
+    if resume:
+        _unchanged(run.plan(), facts)
+    else:  # not before: what cannot be attached leaves no run behind
+        groups(base.model, NAME, config.train)
+        run.create(config.to_dict(), deltaw.__version__)
+    run.write_plan(facts)
+    progress, stop = ProgressBar(quiet), CleanStop()
+    _announce(progress, base, data, plan)
     base.model.train()
     trainer = AdapterTrainer(
         base.model, run, config.train, steps, every, data.encoded, data.held_out,
@@ -133,23 +121,92 @@ def _train(config: Config, run: RunDirectory, data: Prepared, quiet: bool, resum
     finally:
         stop.release()
         progress.release()
-    first = [event["loss"] for event in run.events("eval") if event["step"] == 0]
-    before = {"base": first[0]} if first else {}
     reached = trainer.state.global_step
     if stop.interrupted:
         run.log("interrupted", step=reached)
         raise TrainError(f"interrupted at step {reached} of {steps}; continue with: deltaw train --resume {run.path}")
+    trainer.take_best()
     base.model.eval()
-    losses = {**before, **_losses(trainer, data.held_out)}
-    facts = {
+    losses = _losses(run, trainer, data.held_out)
+    measured = {
         "losses": losses,
         "steps": reached,
         "seconds": round(time.monotonic() - began, 1),
         "peak_memory": peak_memory(),
     }
-    directory.write(_described(config, base, extract(base.model, NAME), facts), run.adapter)
-    run.log("end", **facts)
-    return Run(run.path, run.adapter, plan, reached, facts["seconds"], losses)
+    directory.write(_described(config, base, extract(base.model, NAME), measured, parents), run.adapter)
+    keep_template(base.tokenizer, config.data.template, run.adapter)
+    run.log("end", **measured)
+    return Run(run.path, run.adapter, plan, reached, measured["seconds"], losses)
+
+
+def _attach(config: Config, base: Base) -> tuple[TargetPlan, list[str]]:
+    """Fresh adapters, or those of the adapter that the run goes on from; and the digests of its parents."""
+    chosen = config.adapter
+    if chosen.start is None:
+        plan = attach(
+            base.model, chosen.method, targets=chosen.targets, exclude=chosen.exclude, layers=chosen.layers, name=NAME
+        )
+        return plan, []
+    load(base.model, chosen.start, name=NAME)
+    trainable(base.model, NAME)
+    return plan_of(base.model, NAME), [directory.open_directory(chosen.start).digest]
+
+
+def _facts(config: Config, base: Base, data: Prepared, plan: TargetPlan, steps: int) -> dict[str, Any]:
+    """What is known before the first step: plan.json."""
+    return {
+        "base": base.name,
+        "method": ", ".join(sorted({target.method.name for target in plan.targets})),
+        "adapters": len(plan),
+        "trainable": plan.trainable,
+        "base_parameters": plan.base_parameters,
+        "rows": data.report.kept,
+        "held_out": len(data.held_out),
+        "dropped": dict(data.report.dropped),
+        "supervised_tokens": data.report.supervised_tokens,
+        "steps": steps,
+        "digest": {"rows": digest(data.encoded), "held_out": digest(data.held_out)},
+        "config": config.to_dict(),
+    }
+
+
+def _unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to continue a run with other rows or another configuration than it began with."""
+    if not before:
+        raise TrainError("the run has no plan.json, so that nobody knows what it began with: start it anew")
+    found = [f"{key} was {old!r}, is {new!r}" for key, old, new in _differences(before["config"], now["config"], "")]
+    for key, what in (("rows", "training rows"), ("held_out", "held-out rows")):
+        if before["digest"][key] != now["digest"][key]:
+            found.append(
+                f"the {what} are others: {before[key]:,} then, {now[key]:,} now, or the same number with other tokens"
+            )
+    if found:
+        raise faults(TrainError, "the run cannot continue as it began", found)
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+    elif old != new:
+        yield path, old, new
+
+
+def _reporters(wanted: Sequence[str]) -> None:
+    there = get_available_reporting_integrations()
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        raise UseError(
+            f"train.report_to: {missing[0]!r} is not installed or unknown{did_you_mean(missing[0], there)}: pip install it"
+        )
+
+
+def _announce(progress: ProgressBar, base: Base, data: Prepared, plan: TargetPlan) -> None:
+    size = f"{len(plan)} adapters, {plan.trainable:,} trainable of {plan.base_parameters:,}"
+    progress.console.print(f"[bold]{base.name}[/]  {size}", highlight=False)
+    progress.console.print(f"{data.report}\nheld out {len(data.held_out):,} rows", highlight=False)
+    progress.console.print(data.shown(), highlight=False, markup=False, soft_wrap=True)
 
 
 def _steps(config: Config, rows: int) -> tuple[int, int]:
@@ -161,23 +218,26 @@ def _steps(config: Config, rows: int) -> tuple[int, int]:
     return steps, every
 
 
-def _losses(trainer: AdapterTrainer, evaluated: list[Encoded]) -> dict[str, float]:
+def _losses(run: RunDirectory, trainer: AdapterTrainer, evaluated: list[Encoded]) -> dict[str, float]:
+    first = [event["loss"] for event in run.events("eval") if event["step"] == 0]
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    result = {"train": logged[-1]} if logged else {}
+    result = ({"base": first[0]} if first else {}) | ({"train": logged[-1]} if logged else {})
     if evaluated:
         result["held_out"] = trainer.evaluate()["eval_loss"]
     return result
 
 
-def _described(config: Config, base: Base, state: Any, facts: Mapping[str, Any]) -> Any:
+def _described(config: Config, base: Base, state: Any, measured: Mapping[str, Any], parents: list[str]) -> Any:
     """The state with what a user of the files must know: task, base, template, mask policy, recipe, what was measured."""
     template = getattr(base.tokenizer, "chat_template", None) or ""
     identity = dataclasses.replace(state.base, name=base.name)
+    d = config.data
     meta = {
         "task_type": "CAUSAL_LM",
         "chat_template": hashlib.sha256(template.encode()).hexdigest() if template else None,
-        "mask": "all tokens" if config.data.train_on_prompt else "answers only",
+        "mask": "all tokens" if d.train_on_prompt or config.train.objective == "text" else f"answers, {d.turns} turns",
         "recipe": {key: value for key, value in config.to_dict().items() if key in ("data", "adapter", "train")},
-        "metrics": dict(facts),
+        "metrics": dict(measured),
+        "parents": parents,
     }
     return dataclasses.replace(state, base=identity, meta=meta)

@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from deltaw.config.schema import TrainConfig
 from deltaw.core.attach import adapters, extract
-from deltaw.core.errors import TrainError
+from deltaw.core.base import identify
+from deltaw.core.errors import BaseMismatchError, TrainError
 from deltaw.core.files import whole_folder
 from deltaw.formats import directory
 from deltaw.infer.loss import SFTLoss, mean_loss
 from deltaw.runs.directory import RunDirectory
+from deltaw.training.optimizer import build, groups
 
 NAME = "default"  # of the adapter in training, inside the model
 
@@ -40,10 +43,8 @@ class AdapterTrainer(Trainer):
         callbacks: Iterable[Any],
     ):
         self.run, self.config, self.held_out, self.sft = run, config, held_out, SFTLoss(model)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
-        )
+        self.every = every
+        optimizer = build(groups(model, NAME, config), config)
         scheduler = get_scheduler(
             "constant_with_warmup" if config.schedule == "constant" else config.schedule,
             optimizer,
@@ -74,13 +75,53 @@ class AdapterTrainer(Trainer):
         total, count = self.sft(inputs)
         return total / (count if num_items_in_batch is None else num_items_in_batch)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.config.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(row.ids) for row in self.train_dataset]
+        return LengthGroupedSampler(self.config.batch_size * self.config.gradient_accumulation, lengths=lengths)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         size = self.config.batch_size
         batches = (self.data_collator(self.held_out[i : i + size]) for i in range(0, len(self.held_out), size))
         metrics = {"eval_loss": mean_loss(self.sft, batches)}
         self.log(metrics)
+        if self.state.global_step > 0:
+            self._compare(metrics["eval_loss"])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _compare(self, loss: float) -> None:
+        """Keep the adapter of the best evaluation so far; stop after too many that are no better."""
+        state, config = self.state, self.config
+        if state.best_metric is None or loss < state.best_metric:
+            state.best_metric, state.best_global_step = loss, state.global_step
+            if config.best:
+                directory.write(extract(self.model, NAME), self.run.best)
+        elif (
+            config.early_stopping
+            and state.global_step - (state.best_global_step or 0) >= config.early_stopping * self.every
+        ):
+            self.run.log("stopped", step=state.global_step, best=state.best_global_step, loss=state.best_metric)
+            self.control.should_training_stop = True
+
+    def take_best(self) -> None:
+        """Put the tensors of the best evaluation back."""
+        if self.config.best and self.state.best_global_step not in (None, self.state.global_step):
+            self._put(self.run.best)
+
+    def _put(self, folder: Path) -> None:
+        state, _ = directory.read(folder)
+        there = adapters(self.model, NAME)
+        if there.keys() != state.methods.keys():
+            raise TrainError(
+                f"{folder} holds another adapter than this configuration builds: resume with the run's own config.yaml"
+            )
+        difference = state.base.difference(identify(self.model)) if state.base is not None else None
+        if difference:
+            raise BaseMismatchError(f"the base is not the one this run began with: {difference}")
+        for site, adapter in there.items():
+            adapter.load_state_dict(dict(state.tensors[site]))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
@@ -93,14 +134,7 @@ class AdapterTrainer(Trainer):
         self.run.log("checkpoint", step=step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state, _ = directory.read(Path(resume_from_checkpoint) / "adapter")
-        there = adapters(self.model, NAME)
-        if there.keys() != state.methods.keys():
-            raise TrainError(
-                f"{resume_from_checkpoint} holds another adapter than this configuration builds: resume with the run's own config.yaml"
-            )
-        for site, adapter in there.items():
-            adapter.load_state_dict(dict(state.tensors[site]))
+        self._put(Path(resume_from_checkpoint) / "adapter")
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         raise AssertionError("the model is saved as an adapter, by _save_checkpoint")
@@ -124,7 +158,9 @@ def arguments(
         data_seed=config.seed,
         bf16=False,  # the base is loaded in its dtype and the adapter casts itself: no autocast
         fp16=False,
-        activation_checkpointing=False,
+        activation_checkpointing=config.checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if config.checkpointing else None,
+        neftune_noise_alpha=config.neftune,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=every,
         save_strategy="steps",
@@ -135,7 +171,7 @@ def arguments(
         logging_steps=config.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a NaN must be seen
-        report_to=[],
+        report_to=list(config.report_to),
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
