@@ -110,7 +110,8 @@ def test_option_list_is_frozen() -> None:
     """Adding an option is a decision: it needs an owner, a sentence and a line here."""
     assert [f.name for f in dataclasses.fields(schema.TrainConfig)] == [
         "objective", "epochs", "max_steps", "learning_rate", "batch_size", "gradient_accumulation", "schedule", "warmup",
-        "weight_decay", "clip", "seed", "dtype", "eval_every", "save_every", "log_every", "keep",
+        "weight_decay", "clip", "seed", "dtype", "eval_every", "save_every", "log_every", "keep", "optimizer", "rates",
+        "group_by_length", "neftune", "checkpointing", "best", "generate", "metrics", "early_stopping", "report_to",
     ]  # fmt: skip
     assert [f.name for f in dataclasses.fields(schema.DataConfig)] == [
         "train", "eval", "columns", "pattern", "template", "max_length", "overflow", "train_on_prompt", "turns", "pairs",

@@ -217,3 +217,16 @@ def test_several_processes_are_refused(rows: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UseError, match="training runs in one process, torchrun started 2"):
         deltaw.train(config(rows, tmp_path / "run"), quiet=True)
+
+
+def test_answers_and_their_metrics_during_training(rows: Path, tmp_path: Path) -> None:
+    given = config(
+        rows, tmp_path / "run", generate=3, metrics=["exact_match", "rouge_l"], report_to=["tensorboard"], max_steps=4
+    )
+    run = RunDirectory(deltaw.train(given, quiet=True).path)
+    scores = run.events("scores")
+    assert [event["step"] for event in scores] == [0, 2, 4, 4] and all("rouge_l" in event for event in scores)
+    samples = run.samples()
+    assert len(samples["first"]) == len(samples["last"]) <= 3 and samples["first"] != samples["last"]
+    assert "Answers to held-out prompts" in (run.path / "report.html").read_text()
+    assert list(tmp_path.rglob("events.out.tfevents*"))

@@ -65,6 +65,7 @@ def test_run_directory_holds_everything(finished: training.Run, rows: Path) -> N
         "config.yaml",
         "events.jsonl",
         "plan.json",
+        "report.html",
     ]
     assert json.loads((run.path / "plan.json").read_text())["trainable"] == finished.plan.trainable
     assert run.steps() == [4, 8]

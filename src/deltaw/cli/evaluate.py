@@ -19,6 +19,10 @@ def evaluate(
             help="Rows to generate answers for (exact match); default all, 0 none.", show_default=False, min=0
         ),
     ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="exact_match (default), rouge_l or bleu; may be repeated.", show_default=False),
+    ] = None,
     allow_base_mismatch: Mismatch = False,
     allow_pickle: Pickle = False,
     dtype: Dtype = "auto",
@@ -26,7 +30,9 @@ def evaluate(
 ) -> None:
     """Held-out loss, perplexity and exact match: the base and the tuned model side by side."""
     from deltaw.data.rows import read_rows
+    from deltaw.infer.metrics import metrics
 
+    chosen = list(metrics(metric or ["exact_match"]))
     rows = read_rows(data)
     from deltaw.core.route import use
     from deltaw.infer import evaluate as infer
@@ -37,16 +43,21 @@ def evaluate(
         if name == "base" or route:
             with use(base.model, live):
                 found = infer.evaluate(
-                    base.model, base.tokenizer, rows, max_length=base.max_length, generations=generations
+                    base.model,
+                    base.tokenizer,
+                    rows,
+                    max_length=base.max_length,
+                    generations=generations,
+                    metric=chosen,
                 )
             result[name] = found.to_dict()
     columns = [name for name in ("base", "tuned") if name in result]
     lines = [f"{'':12}" + "".join(f"{name:>12}" for name in columns)]
-    for key in ("loss", "perplexity", "exact_match"):
+    for key in ("loss", "perplexity", *chosen):
         if key in result["base"]:
             lines.append(f"{key:12}" + "".join(f"{result[name][key]:12.4f}" for name in columns))
     if generations is not None and generations < len(rows):
         lines.append(
-            f"exact match over the first {generations} rows of {len(rows)}" if generations else "no answers generated"
+            f"answers to the first {generations} rows of {len(rows)}" if generations else "no answers generated"
         )
     show(result, as_json, "\n".join(lines))

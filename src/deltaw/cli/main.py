@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from deltaw.cli import chat, evaluate, generate, inspect, merge, mix, plan, quickstart, schema, train  # noqa: F401  the verbs
+from deltaw.cli import chat, evaluate, generate, inspect, merge, mix, plan, quickstart, runs, schema, train  # noqa: F401  the verbs
 from deltaw.cli.app import app
 from deltaw.core.errors import DeltawError
 
@@ -33,10 +33,17 @@ class Interrupt:
         raise KeyboardInterrupt
 
 
+def _unraisable(found: Any) -> None:
+    if not isinstance(found.exc_value, KeyboardInterrupt):  # a lost interrupt is remembered, not reported
+        sys.__unraisablehook__(found)
+
+
 def main() -> None:
     """Entry point of the `deltaw` command."""
+    interrupt = Interrupt()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, Interrupt())
+        signal.signal(signal.SIGINT, interrupt)
+        sys.unraisablehook = _unraisable
     arguments = [a for a in sys.argv[1:] if a != "--traceback"]
     wants_traceback = len(arguments) < len(sys.argv) - 1
     try:
@@ -52,17 +59,18 @@ def main() -> None:
     except DeltawError as error:
         if wants_traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        code = error.code
-    except OSError as error:
-        if wants_traceback or error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        code = 1
+        lost = interrupt.seen and "interrupted" not in str(error)
+        print(f"error: {'interrupted' if lost else error}", file=sys.stderr)
+        code = 1 if lost else error.code
     except Exception as error:
         if wants_traceback:
             raise
-        reason = " ".join(str(error).split())
-        print(f"error: {type(error).__name__}: {reason} (--traceback shows where)", file=sys.stderr)
+        if interrupt.seen:  # libraries make other errors of an interrupt, above all while they are imported
+            reason = "interrupted"
+        elif isinstance(error, OSError) and error.filename is not None:
+            reason = f"{error.filename}: {error.strerror}"
+        else:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())} (--traceback shows where)"
+        print(f"error: {reason}", file=sys.stderr)
         code = 1
     sys.exit(code)

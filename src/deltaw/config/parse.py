@@ -127,7 +127,7 @@ def _impossible(config: Config) -> list[str]:
     optional = {"max_steps": t.max_steps, "eval_every": t.eval_every, "save_every": t.save_every}
     positive |= {name: value for name, value in optional.items() if value is not None and value != "auto"}
     found = [f"train.{name}={value!r} must be above 0" for name, value in positive.items() if not value > 0]
-    least = {"weight_decay": t.weight_decay, "clip": t.clip}
+    least = {"weight_decay": t.weight_decay, "clip": t.clip, "generate": t.generate}
     found += [f"train.{name}={value!r} must not be negative" for name, value in least.items() if value < 0]
     if not 0 <= t.seed < 2**32:
         found.append(f"train.seed={t.seed!r} must be in [0, 2³²)")

@@ -140,6 +140,10 @@ class TrainConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     best: bool = False
     """Finish with the adapter of the best evaluation, not with that of the last step."""
+    generate: int = 0
+    """Held-out rows to answer at every evaluation, for the metrics; 0 for none."""
+    metrics: tuple[str, ...] = ("exact_match",)
+    """Metrics of those answers: exact_match, rouge_l, bleu."""
     early_stopping: int | None = None
     """Stop after so many evaluations without a better one."""
     report_to: tuple[str, ...] = ()

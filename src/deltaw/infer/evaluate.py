@@ -1,6 +1,6 @@
-"""Held-out numbers of what is live on a model: loss, perplexity, exact match. Base and tuned side by side.
+"""Held-out numbers of what is live on a model: loss, perplexity, and metrics of generated answers.
 
-Exact match generates greedily and compares the answer, white space at the ends aside, with the row's last turn.
+Answers are generated greedily to distinct prompts; the references of a prompt are the last turns of all its rows.
 """
 
 import dataclasses
@@ -14,23 +14,37 @@ from torch import nn
 from deltaw.data.collate import Collator
 from deltaw.data.conversation import Example
 from deltaw.data.dataset import encode_rows
-from deltaw.data.encode import IGNORE, Policy, encode
+from deltaw.data.encode import IGNORE, Encoded, Policy, encode
 from deltaw.data.rows import Rows
 from deltaw.infer.generate import answer_all
 from deltaw.infer.loss import SFTLoss, mean_loss
+from deltaw.infer.metrics import metrics
 
 Score = Callable[[str, str], float]
 """(answer, reference) → a number in [0, 1]."""
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One generated answer beside what was wanted."""
+
+    prompt: str
+    answer: str
+    references: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Loss is nats per supervised token; scores are means over rows."""
+    """Loss is nats per supervised token."""
 
     rows: int
     loss: float
     scores: Mapping[str, float] = field(default_factory=dict)
-    answers: Sequence[str] = ()
+    samples: Sequence[Sample] = ()
+
+    @property
+    def answers(self) -> list[str]:
+        return [sample.answer for sample in self.samples]
 
     @property
     def perplexity(self) -> float:
@@ -38,10 +52,6 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "loss": self.loss, "perplexity": self.perplexity, **self.scores}
-
-
-def exact(answer: str, reference: str) -> float:
-    return float(answer.strip() == reference.strip())
 
 
 def last_turn(row: Example, tokenizer: Any, policy: Policy) -> tuple[list[int], list[int]] | None:
@@ -58,37 +68,65 @@ def evaluate(
     tokenizer: Any,
     rows: Rows,
     *,
-    max_length: int,
+    max_length: int = 2048,
     generations: int | None = None,
+    metric: Sequence[str] = ("exact_match",),
     scores: Mapping[str, Score] | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
 ) -> Evaluation:
-    """Loss over all rows; scores over the answers to the first `generations` rows (all by default, 0 for none).
+    """Loss over all rows; metrics over the answers to the first `generations` of them (all by default, 0 for none).
 
-    `scores`: {name: (answer, reference) → number}; exact_match is always among them.
+    metric: names of `deltaw.infer.metrics`; scores: further {name: (answer, reference) → number}, best reference, mean.
     """
+    chosen = metrics(metric)
     policy = Policy(max_length)
     encoded, _ = encode_rows(
         rows, tokenizer, policy, objective="text" if rows.form == "text" else "sft", pairs="chosen"
     )
+    loss = held_out_loss(model, tokenizer, encoded, batch_size)
+    samples = generate_samples(model, tokenizer, rows.rows[:generations], policy, max_new_tokens, batch_size)
+    if not samples:
+        return Evaluation(len(encoded), loss)
+    answers, references = [s.answer for s in samples], [s.references for s in samples]
+    found = {name: measure(answers, references) for name, measure in chosen.items()}
+    for name, score in (scores or {}).items():
+        best = [max(score(answer, text) for text in texts) for answer, texts in zip(answers, references, strict=True)]
+        found[name] = sum(best) / len(best)
+    return Evaluation(len(encoded), loss, found, samples)
+
+
+def held_out_loss(model: nn.Module, tokenizer: Any, encoded: Sequence[Encoded], batch_size: int = 32) -> float:
+    """Mean loss of encoded rows in nats per supervised token."""
     order = sorted(encoded, key=lambda row: len(row.ids))  # like lengths together: less padding
     collate = Collator(tokenizer)
-    loss = mean_loss(SFTLoss(model), (collate(order[i : i + batch_size]) for i in range(0, len(order), batch_size)))
-    asked = [
-        turn for row in rows.rows[:generations] if row.text is None and (turn := last_turn(row, tokenizer, policy))
+    return mean_loss(SFTLoss(model), (collate(order[i : i + batch_size]) for i in range(0, len(order), batch_size)))
+
+
+def generate_samples(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    policy: Policy,
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+) -> list[Sample]:
+    """Greedy answers to the distinct prompts of `rows`, which are not texts and not too long."""
+    wanted: dict[tuple[int, ...], list[list[int]]] = {}
+    for row in rows:
+        turn = last_turn(row, tokenizer, policy) if row.text is None else None
+        if turn is not None:
+            wanted.setdefault(tuple(turn[0]), []).append(turn[1])
+    if not wanted:
+        return []
+    longest = max(len(answer) for answers in wanted.values() for answer in answers)
+    prompts = [list(prompt) for prompt in wanted]
+    said = answer_all(model, tokenizer, prompts, max_new_tokens=max_new_tokens or longest + 16, batch_size=batch_size)
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    return [
+        Sample(tokenizer.decode(prompt), answer, [text(ids) for ids in wanted[tuple(prompt)]])
+        for prompt, answer in zip(prompts, said, strict=True)
     ]
-    if not asked:
-        return Evaluation(len(encoded), loss)
-    longest = max(len(answer) for _, answer in asked)
-    answers = answer_all(
-        model, tokenizer, [prompt for prompt, _ in asked], max_new_tokens=max_new_tokens or longest + 16,
-        batch_size=batch_size,
-    )  # fmt: skip
-    references = [tokenizer.decode(answer, skip_special_tokens=True).strip() for _, answer in asked]
-    named = {"exact_match": exact, **(scores or {})}
-    means = {
-        name: sum(score(a, r) for a, r in zip(answers, references, strict=True)) / len(answers)
-        for name, score in named.items()
-    }
-    return Evaluation(len(encoded), loss, means, answers)

@@ -2,10 +2,12 @@
 
 config.yaml             the resolved configuration; `deltaw train config.yaml output=…` repeats the run
 plan.json               what was predicted before the first step
-events.jsonl            append-only: start, step, eval, checkpoint, warning, interrupted, resume, end
+events.jsonl            append-only: start, step, eval, scores, checkpoint, warning, stopped, interrupted, resume, end
+samples.json            answers to held-out prompts at the first evaluation and at the latest, where asked for
 checkpoints/step-N/     adapter, optimizer, schedule, RNG; each whole or not there
 best/                   the adapter of the best evaluation, where train.best asks for it
 adapter/                the finished adapter
+report.html             curves, answers, settings and environment of a finished run
 """
 
 import json
@@ -21,7 +23,7 @@ import yaml
 from deltaw.core.errors import FileError, UseError
 from deltaw.core.files import must_be_free, write_text
 
-CONFIG, PLAN, EVENTS = "config.yaml", "plan.json", "events.jsonl"
+CONFIG, PLAN, EVENTS, SAMPLES = "config.yaml", "plan.json", "events.jsonl", "samples.json"
 
 
 class RunDirectory:
@@ -73,6 +75,20 @@ class RunDirectory:
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         write_text(self.path / PLAN, json.dumps(dict(plan), indent=2, ensure_ascii=False) + "\n")
+
+    def write_samples(self, samples: list[dict[str, Any]]) -> None:
+        """Keep the answers of the first evaluation (the base's, where the adapter is fresh) and of the latest one."""
+        kept = self.samples()
+        write_text(
+            self.path / SAMPLES, json.dumps({"first": kept.get("first", samples), "last": samples}, ensure_ascii=False)
+        )
+
+    def samples(self) -> dict[str, list[dict[str, Any]]]:
+        try:
+            found: dict[str, list[dict[str, Any]]] = json.loads((self.path / SAMPLES).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        return found
 
     def log(self, event: str, **facts: Any) -> None:
         """Append one event, with the time in seconds since 1970."""

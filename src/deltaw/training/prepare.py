@@ -27,6 +27,7 @@ class Prepared:
     report: DataReport
     held_out: list[Encoded]
     held_out_rows: Rows | None
+    policy: Policy
 
     def previews(self, count: int, most: int = 2000) -> list[str]:
         """The text of the first rows with what they learn between ⟦ and ⟧; long ones lose their middle."""
@@ -60,7 +61,7 @@ def prepare(config: Config) -> Prepared:
     evaluated: list[Encoded] = []
     if held_out is not None:
         evaluated, _ = encode_rows(held_out, tokenizer, policy, objective=config.train.objective, pairs=d.pairs)
-    return Prepared(tokenizer, encoded, report, evaluated, held_out)
+    return Prepared(tokenizer, encoded, report, evaluated, held_out, policy)
 
 
 def _sources(data: DataConfig, given: str | Source | tuple[str | Source, ...]) -> list[Source]:

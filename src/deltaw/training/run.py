@@ -8,12 +8,15 @@ import dataclasses
 import hashlib
 import math
 import os
+import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from transformers import set_seed
 from transformers.integrations import get_available_reporting_integrations
 
@@ -22,16 +25,20 @@ from deltaw.config import parse
 from deltaw.config.schema import Config
 from deltaw.core.attach import attach, extract, plan_of, trainable
 from deltaw.core.errors import TrainError, UseError, did_you_mean, faults
+from deltaw.core.files import write_text
 from deltaw.core.plan import TargetPlan
 from deltaw.data.collate import Collator
 from deltaw.data.dataset import digest
 from deltaw.data.encode import Encoded
 from deltaw.data.template import keep_template
 from deltaw.formats import directory
+from deltaw.infer.evaluate import generate_samples
+from deltaw.infer.metrics import metrics
 from deltaw.infer.packing import use_packing
 from deltaw.models.adapters import load
 from deltaw.models.base import Base, load_base
 from deltaw.runs.directory import RunDirectory
+from deltaw.runs.report import html_report
 from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, peak_memory
 from deltaw.training.optimizer import groups
 from deltaw.training.prepare import Prepared, prepare
@@ -107,9 +114,9 @@ def _train(config: Config, run: RunDirectory, data: Prepared, quiet: bool, resum
     trainer = AdapterTrainer(
         base.model, run, config.train, steps, every, data.encoded, data.held_out,
         Collator(base.tokenizer, packing=packing),
-        [Events(run), GradientCheck(run, NAME), stop, progress],
+        [Events(run), GradientCheck(run, NAME), stop, progress], _scorer(config, base, data, run),
     )  # fmt: skip
-    run.log("resume" if resume else "start", steps=steps, trainable=plan.trainable)
+    run.log("resume" if resume else "start", steps=steps, trainable=plan.trainable, environment=environment())
     checkpoint = str(run.last_checkpoint()) if resume else None
     try:
         if data.held_out and not resume:
@@ -137,6 +144,7 @@ def _train(config: Config, run: RunDirectory, data: Prepared, quiet: bool, resum
     directory.write(_described(config, base, extract(base.model, NAME), measured, parents), run.adapter)
     keep_template(base.tokenizer, config.data.template, run.adapter)
     run.log("end", **measured)
+    write_text(run.path / "report.html", html_report(run))
     return Run(run.path, run.adapter, plan, reached, measured["seconds"], losses)
 
 
@@ -151,6 +159,31 @@ def _attach(config: Config, base: Base) -> tuple[TargetPlan, list[str]]:
     load(base.model, chosen.start, name=NAME)
     trainable(base.model, NAME)
     return plan_of(base.model, NAME), [directory.open_directory(chosen.start).digest]
+
+
+def environment() -> dict[str, str]:
+    """What a run ran on, for those who repeat it."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    versions = {package.__name__: package.__version__ for package in (deltaw, torch, transformers)}
+    return {"python": platform.python_version(), **versions, "device": device, "threads": str(torch.get_num_threads())}
+
+
+def _scorer(config: Config, base: Base, data: Prepared, run: RunDirectory) -> Callable[[], Mapping[str, float]] | None:
+    """Answers to some held-out rows and their metrics, with the answers kept; None where none are wanted."""
+    rows, t = data.held_out_rows, config.train
+    if not t.generate or rows is None:
+        return None
+    chosen = metrics(t.metrics)
+
+    def score() -> dict[str, float]:
+        samples = generate_samples(
+            base.model, base.tokenizer, rows.rows[: t.generate], data.policy, batch_size=t.batch_size
+        )
+        run.write_samples([dataclasses.asdict(sample) for sample in samples])
+        answers, references = [s.answer for s in samples], [s.references for s in samples]
+        return {name: measure(answers, references) for name, measure in chosen.items()} if samples else {}
+
+    return score
 
 
 def _facts(config: Config, base: Base, data: Prepared, plan: TargetPlan, steps: int) -> dict[str, Any]:

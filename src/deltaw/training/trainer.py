@@ -7,7 +7,7 @@ Overridden, and why:
     _load_from_checkpoint   back into the same tensors, which the optimizer holds
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,10 @@ class AdapterTrainer(Trainer):
         held_out: list[Any],
         collate: Callable[[list[Any]], dict[str, Tensor]],
         callbacks: Iterable[Any],
+        score: Callable[[], Mapping[str, float]] | None = None,
     ):
         self.run, self.config, self.held_out, self.sft = run, config, held_out, SFTLoss(model)
-        self.every = every
+        self.every, self.score = every, score
         optimizer = build(groups(model, NAME, config), config)
         scheduler = get_scheduler(
             "constant_with_warmup" if config.schedule == "constant" else config.schedule,
@@ -86,6 +87,8 @@ class AdapterTrainer(Trainer):
         batches = (self.data_collator(self.held_out[i : i + size]) for i in range(0, len(self.held_out), size))
         metrics = {"eval_loss": mean_loss(self.sft, batches)}
         self.log(metrics)
+        if self.score is not None:
+            self.run.log("scores", step=self.state.global_step, **self.score())
         if self.state.global_step > 0:
             self._compare(metrics["eval_loss"])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

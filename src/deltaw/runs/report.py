@@ -1,0 +1,94 @@
+"""report.html: what a run did, in one file without network or scripts: curves, answers before and after, settings."""
+
+import html
+import json
+from collections.abc import Sequence
+
+import yaml
+
+from deltaw.runs.directory import RunDirectory
+from deltaw.runs.summary import summarise
+
+WIDTH, HEIGHT, MARGIN = 720, 280, 44
+Points = Sequence[tuple[float, float]]
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:760px;margin:2em auto;padding:0 1em;color:#1b1f24}
+table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.3em .6em;text-align:left;vertical-align:top}
+pre{background:#f6f8fa;padding:1em;overflow:auto}svg text{font:12px system-ui,sans-serif;fill:#57606a}"""
+
+
+def html_report(run: RunDirectory) -> str:
+    """The page for a run in any state."""
+    s, plan = summarise(run), run.plan()
+    steps = [(event["step"], event["loss"]) for event in run.events("step")]
+    evals = [(event["step"], event["loss"]) for event in run.events("eval")]
+    start = next(iter(run.events("start")), {})
+    facts = {
+        "state": s.state, "steps": f"{s.step} of {s.steps}", "base": plan.get("base"), "method": plan.get("method"),
+        "trainable": f"{s.trainable:,} of {plan.get('base_parameters', 0):,}", "rows": plan.get("rows"),
+        "held-out rows": plan.get("held_out"), "seconds": round(s.seconds, 1), "peak memory": f"{s.peak_memory / 1e9:.2f} GB",
+        **{f"loss, {name}": f"{value:.4f}" for name, value in s.losses.items()},
+        **{name: f"{value:.4f}" for name, value in s.scores.items()},
+    }  # fmt: skip
+    parts = [f"<h1>{html.escape(str(run.path.name))}</h1>", _table(facts), "<h2>Loss</h2>", curves(steps, evals)]
+    samples = run.samples()
+    if samples:
+        parts += ["<h2>Answers to held-out prompts</h2>", _answers(samples)]
+    warnings = [event["text"] for event in run.events("warning")]
+    parts += (
+        ["<h2>Warnings</h2><ul>", *(f"<li>{html.escape(text)}</li>" for text in warnings), "</ul>"] if warnings else []
+    )
+    settings = yaml.safe_dump(run.config(), sort_keys=False, allow_unicode=True)
+    parts += ["<h2>Settings</h2>", f"<pre>{html.escape(settings)}</pre>"]
+    parts += ["<h2>Environment</h2>", _table(start.get("environment", {}))]
+    title = html.escape(f"{run.path.name} · deltaw")
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return "\n".join([head, *parts, "</html>"]) + "\n"
+
+
+def curves(steps: Points, evals: Points) -> str:
+    """Training loss as a line, held-out loss as a line with dots, as one SVG."""
+    if not steps and not evals:
+        return "<p>No step was made.</p>"
+    xs, ys = zip(*[*steps, *evals], strict=True)
+    low, high, last = min(ys), max(ys), max(max(xs), 1)
+    span = (high - low) or 1.0
+
+    def place(point: tuple[float, float]) -> str:
+        x = MARGIN + point[0] / last * (WIDTH - 2 * MARGIN)
+        y = HEIGHT - MARGIN - (point[1] - low) / span * (HEIGHT - 2 * MARGIN)
+        return f"{x:.1f},{y:.1f}"
+
+    def line(points: Points, colour: str) -> str:
+        return f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{" ".join(map(place, points))}"/>'
+
+    def dot(point: tuple[float, float]) -> str:
+        x, y = place(point).split(",")
+        return f'<circle cx="{x}" cy="{y}" r="3" fill="#cf222e"><title>step {point[0]}: {point[1]:.4f}</title></circle>'
+
+    axis = HEIGHT - MARGIN
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss over steps">'
+        f'<path d="M{MARGIN},{MARGIN}V{axis}H{WIDTH - MARGIN}" fill="none" stroke="#d0d7de"/>'
+        f'<text x="4" y="{MARGIN}">{high:.3g}</text><text x="4" y="{axis}">{low:.3g}</text>'
+        f'<text x="{WIDTH - MARGIN - 20}" y="{HEIGHT - 20}">{last}</text>'
+        f'<text x="{MARGIN}" y="{HEIGHT - 20}">training (blue), held out (red)</text>'
+        + line(steps, "#0969da") + line(evals, "#cf222e") + "".join(map(dot, evals)) + "</svg>"
+    )  # fmt: skip
+
+
+def _table(rows: dict[str, object]) -> str:
+    lines = (f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _answers(samples: dict[str, list[dict[str, object]]]) -> str:
+    rows = ["<tr><th>prompt</th><th>first</th><th>last</th><th>wanted</th></tr>"]
+    for before, after in list(zip(samples["first"], samples["last"], strict=True))[:20]:
+        wanted = (
+            json.dumps(after["references"], ensure_ascii=False)
+            if len(after["references"]) > 1
+            else after["references"][0]
+        )  # type: ignore[arg-type, index]
+        cells = (after["prompt"], before["answer"], after["answer"], wanted)
+        rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
+    return f"<table>{''.join(rows)}</table>"

@@ -1,0 +1,86 @@
+"""A run in one line, and runs side by side: read from their directories, whatever state they are in."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltaw.runs.directory import CONFIG, RunDirectory
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run was and came to. `settings` is its configuration, flat: {section.key: value}."""
+
+    path: str
+    state: str
+    """finished, interrupted, failed before its end or still running ("open")."""
+    step: int
+    steps: int
+    losses: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    trainable: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find(folders: Iterable[str | Path]) -> list[RunDirectory]:
+    """The runs in and below some folders, in the order of their names."""
+    found = {path.parent for folder in map(Path, folders) for path in sorted(folder.glob(f"**/{CONFIG}"))}
+    return [RunDirectory(path) for path in sorted(found)]
+
+
+def summarise(run: RunDirectory) -> Summary:
+    events, plan = run.events(), run.plan()
+    last = events[-1] if events else {}
+    end = next((event for event in reversed(events) if event["event"] == "end"), {})
+    evals = [event for event in events if event["event"] == "eval"]
+    losses = end.get("losses") or ({"held_out": evals[-1]["loss"]} if evals else {})
+    kept = {"event", "time", "step"}
+    scores = next((e for e in reversed(events) if e["event"] == "scores"), {})
+    return Summary(
+        path=str(run.path),
+        state={"end": "finished", "interrupted": "interrupted"}.get(str(last.get("event")), "open"),
+        step=max((event.get("step", 0) for event in events), default=0),
+        steps=plan.get("steps", 0),
+        losses=losses,
+        scores={key: value for key, value in scores.items() if key not in kept},
+        trainable=plan.get("trainable", 0),
+        seconds=end.get("seconds", (last.get("time", 0.0) - events[0]["time"]) if events else 0.0),
+        peak_memory=end.get("peak_memory", 0),
+        settings=flat(run.config()),
+    )
+
+
+def flat(record: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}"""
+    if not isinstance(record, Mapping):
+        return {prefix: record}
+    return {
+        k: v for key, value in record.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def table(summaries: Sequence[Summary]) -> str:
+    """Runs as text: what came out, and in what their settings differ."""
+    keys = dict.fromkeys(key for summary in summaries for key in summary.settings if key != "output")
+    apart = [key for key in keys if len({str(summary.settings.get(key)) for summary in summaries}) > 1]
+    scores = list(dict.fromkeys(name for summary in summaries for name in summary.scores))
+    rows = [["run", "state", "step", "base", "held out", *scores, "trainable", "seconds", *apart]]
+    for s in summaries:
+        cells = [
+            s.path,
+            s.state,
+            f"{s.step}/{s.steps}",
+            _number(s.losses.get("base")),
+            _number(s.losses.get("held_out")),
+        ]
+        cells += [_number(s.scores.get(name)) for name in scores] + [f"{s.trainable:,}", f"{s.seconds:.0f}"]
+        rows.append(cells + [str(s.settings.get(key)) for key in apart])
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
