@@ -59,10 +59,17 @@ def with_strength(text: str) -> tuple[str, float]:
     return folder, value
 
 
-def parsed(given: list[str]) -> Any:
-    """The configuration of `train` and `plan`: a YAML file first, then overrides; overrides alone are enough."""
+def record(given: list[str]) -> Any:
+    """The plain data of a configuration: a YAML file first, then overrides; overrides alone are enough."""
     from deltaw.config import parse
 
     files = given[:1] if "=" not in given[0] else []
     overrides = given[len(files) :]
-    return parse.read(files[0], overrides) if files else parse.parse(parse.override({}, overrides))
+    return parse.load(files[0], overrides) if files else parse.override({}, overrides)
+
+
+def parsed(given: list[str]) -> Any:
+    """The configuration of `train` and `plan`."""
+    from deltaw.config import parse
+
+    return parse.parse(record(given))

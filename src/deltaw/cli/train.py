@@ -1,12 +1,12 @@
-"""deltaw train: a configuration file, overrides, or both; or --resume."""
+"""deltaw train: a configuration file, overrides, or both; --resume; or a sweep over values and seeds."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from deltaw.cli.app import Json, app, show
-from deltaw.cli.base import parsed
+from deltaw.cli.base import parsed, record
 
 
 @app.command()
@@ -20,24 +20,47 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="Continue this run directory from its newest checkpoint.", show_default=False)
     ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="Try several values: train.learning_rate=1e-4,1e-3; may be repeated.", show_default=False),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds per combination of a sweep.", min=1)] = 1,
+    measure: Annotated[str, typer.Option(help="What a sweep ranks by: held_out, or a metric's name.")] = "held_out",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train an adapter on rows of prompt/completion, messages or alpaca form."""
+    """Train an adapter. The configuration says on what; `deltaw schema` says what it may hold."""
     from deltaw.core.errors import UseError
 
     given = config or []
-    if resume is not None and given:
+    if resume is not None and (given or sweep):
         raise UseError("--resume continues a run with its own configuration: leave the file and the overrides out")
     if resume is None and not given:
         raise UseError("nothing to train: give a configuration file, or model=… data.train=… output=…")
+    if sweep or seeds > 1:
+        _sweep(record(given), sweep or [], seeds, measure, quiet, as_json)
+        return
     config_given = parsed(given) if resume is None else None
     from deltaw.training import run as training
 
     done = training.resume(resume, quiet=quiet) if resume is not None else training.train(config_given, quiet=quiet)
-    record = {
+    found = {
         "run": str(done.path), "adapter": str(done.adapter), "steps": done.steps, "seconds": done.seconds,
         "trainable": done.plan.trainable, "losses": dict(done.losses),
     }  # fmt: skip
     losses = "  ".join(f"{name} {value:.4f}" for name, value in done.losses.items())
-    show(record, as_json, f"{done.steps} steps in {done.seconds:.0f} s   loss: {losses}\nadapter: {done.adapter}")
+    show(found, as_json, f"{done.steps} steps in {done.seconds:.0f} s   loss: {losses}\nadapter: {done.adapter}")
+
+
+def _sweep(given: Any, axes: list[str], seeds: int, measure: str, quiet: bool, as_json: bool) -> None:
+    from deltaw.config import parse
+
+    found = {}
+    for axis in axes:
+        key, _, values = axis.partition("=")
+        found[key] = parse.values(values, axis)
+    from deltaw.training import sweep as training
+
+    ranked = training.sweep(given, found, seeds, measure, quiet)
+    plain = [{"settings": dict(r.settings), "mean": r.mean, "sd": r.sd, "values": list(r.values)} for r in ranked]
+    show({"measure": measure, "ranking": plain}, as_json, training.table(ranked))

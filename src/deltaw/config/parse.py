@@ -165,6 +165,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
@@ -173,8 +178,8 @@ def _yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not valid YAML: {said}") from None
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A YAML file, with `section.key=value` overrides applied in order."""
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """The plain data of a YAML file, with `section.key=value` overrides applied in order."""
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
@@ -182,7 +187,12 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"no configuration file {str(path)!r}{did_you_mean(file.name, _neighbours(file))}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    return parse(override(_yaml(text, str(path)), overrides))
+    return override(_yaml(text, str(path)), overrides)
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A YAML file, with overrides, as a Config."""
+    return parse(load(path, overrides))
 
 
 def override(record: Any, overrides: Sequence[str]) -> Any:
@@ -200,6 +210,23 @@ def override(record: Any, overrides: Sequence[str]) -> Any:
             place[part] = place = dict(below) if isinstance(below, Mapping) else {}
         place[last] = _yaml(value, f"the value of {key}") if value else None
     return record
+
+
+def values(text: str, where: str) -> list[Any]:
+    """1e-4,1e-3 or [q_proj, v_proj],all-linear → the values of a sweep."""
+    if not text:
+        raise ConfigError(
+            f"{where!r} is no sweep: write section.key=value,value, for example train.learning_rate=1e-4,1e-3"
+        )
+    found: list[Any] = _yaml(f"[{text}]", where)
+    return found
+
+
+def dump(value: Any) -> str:
+    """A value as one line of YAML, as overrides take it."""
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
+    )
 
 
 def _neighbours(file: Path) -> list[str]:

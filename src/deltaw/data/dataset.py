@@ -50,6 +50,7 @@ class DataReport:
             *(f"source   {part}" for part in self.parts),
             f"rows     {self.rows:,}, kept {self.rows - lost:,}, dropped {lost:,}{f' ({reasons})' if reasons else ''}"
             + (f", cut {self.cut:,}" if self.cut else ""),
+            *([f"pieces   {self.kept:,} of the texts"] if self.kept > self.rows else []),
             f"tokens   {self.total_tokens:,}, supervised {self.supervised_tokens:,} ({share:.0%})",
             f"lengths  {lengths}, longest {self.longest:,}",
             f"         {spread}",

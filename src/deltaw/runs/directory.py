@@ -56,6 +56,11 @@ class RunDirectory:
         if not self.steps() and not self.events("step") and not self.adapter.exists():
             shutil.rmtree(self.path, ignore_errors=True)
 
+    def remove_unfinished(self) -> None:
+        """Delete a run that has neither a checkpoint nor an adapter, so that it can be started anew."""
+        if (self.path / CONFIG).exists() and not self.steps() and not self.adapter.exists():
+            shutil.rmtree(self.path)
+
     def config(self) -> Any:
         """The configuration of the run, plain data."""
         try:

@@ -5,30 +5,25 @@ run.adapter, run.losses["held_out"]
 """
 
 import dataclasses
-import hashlib
 import math
 import os
-import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from transformers import set_seed
-from transformers.integrations import get_available_reporting_integrations
 
 import deltaw
 from deltaw.config import parse
 from deltaw.config.schema import Config
-from deltaw.core.attach import attach, extract, plan_of, trainable
-from deltaw.core.errors import TrainError, UseError, did_you_mean, faults
+from deltaw.core import route
+from deltaw.core.attach import attach, detach, extract, plan_of, trainable
+from deltaw.core.errors import TrainError, UseError
 from deltaw.core.files import write_text
 from deltaw.core.plan import TargetPlan
 from deltaw.data.collate import Collator
-from deltaw.data.dataset import digest
 from deltaw.data.encode import Encoded
 from deltaw.data.template import keep_template
 from deltaw.formats import directory
@@ -40,6 +35,7 @@ from deltaw.models.base import Base, load_base
 from deltaw.runs.directory import RunDirectory
 from deltaw.runs.report import html_report
 from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, peak_memory
+from deltaw.training.facts import described, environment, facts, reporters, unchanged
 from deltaw.training.optimizer import groups
 from deltaw.training.prepare import Prepared, prepare
 from deltaw.training.trainer import NAME, AdapterTrainer
@@ -58,7 +54,20 @@ class Run:
     """`train` (last logged), and with held-out rows `base` (before the first step) and `held_out` (after the last)."""
 
 
-def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = False) -> Run:
+class Shelf:
+    """The base and the rows of the last run, for a next one that wants the same."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[Any, Any]] = {}
+
+    def get(self, kind: str, key: Any, make: Callable[[], Any]) -> Any:
+        if self._kept.get(kind, (None,))[0] != key:
+            self._kept.pop(kind, None)  # before the next one is made: two bases need not fit
+            self._kept[kind] = (key, make())
+        return self._kept[kind][1]
+
+
+def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = False, shelf: Shelf | None = None) -> Run:
     """Train an adapter as `config` says (a Config, the same as plain data, or a YAML file) in a new run directory.
 
     Only adapter tensors receive gradients, checked at the first step. Raises ConfigError, DataError, TargetError before
@@ -71,10 +80,10 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = Fals
         config = parse.parse(config)
     run = RunDirectory(config.output)
     run.must_be_free()
-    return _train(config, run, prepare(config), quiet, resume=False)
+    return _train(config, run, quiet, resume=False, shelf=shelf or Shelf())
 
 
-def resume(path: str | Path, *, quiet: bool = False) -> Run:
+def resume(path: str | Path, *, quiet: bool = False, shelf: Shelf | None = None) -> Run:
     """Continue the run in `path` from its newest checkpoint: weights, optimizer, schedule, RNG and order of rows."""
     one_process()
     run = RunDirectory(path)
@@ -82,7 +91,7 @@ def resume(path: str | Path, *, quiet: bool = False) -> Run:
     run.last_checkpoint()  # the error comes before the base is loaded
     if run.adapter.exists():
         raise UseError(f"{path} is finished, its adapter is {run.adapter}: start another run to train further")
-    return _train(config, run, prepare(config), quiet, resume=True)
+    return _train(config, run, quiet, resume=True, shelf=shelf or Shelf())
 
 
 def one_process() -> None:
@@ -92,22 +101,41 @@ def one_process() -> None:
         raise UseError(f"training runs in one process, torchrun started {world}: start `deltaw train` by itself")
 
 
-def _train(config: Config, run: RunDirectory, data: Prepared, quiet: bool, resume: bool) -> Run:
+def _train(config: Config, run: RunDirectory, quiet: bool, resume: bool, shelf: Shelf) -> Run:
     began = time.monotonic()
-    _reporters(config.train.report_to)
+    data: Prepared = shelf.get("data", (config.model, config.data, config.train.objective), lambda: prepare(config))
+    reporters(config.train.report_to)
+    wanted = (config.model, config.train.dtype)
+    base: Base = shelf.get("base", wanted, lambda: load_base(config.model, dtype=config.train.dtype))
+    base = dataclasses.replace(base, tokenizer=data.tokenizer)
+    try:
+        return _on(base, config, run, data, quiet, resume, began)
+    finally:
+        _bare(base, config.train.checkpointing)
+
+
+def _bare(base: Base, checkpointing: bool) -> None:
+    """The base as it was, for the next run on it."""
+    if NAME in route.names(base.model):
+        detach(base.model, NAME)
+    base.model.eval().requires_grad_(False)
+    if checkpointing:
+        base.model.activation_checkpointing_disable()
+
+
+def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bool, resume: bool, began: float) -> Run:
     steps, every = _steps(config, len(data.encoded))
-    base = dataclasses.replace(load_base(config.model, dtype=config.train.dtype), tokenizer=data.tokenizer)
     set_seed(config.train.seed)
     plan, parents = _attach(config, base)
-    facts = _facts(config, base, data, plan, steps)
+    known = facts(config, base, data, plan, steps)
     lengths = [len(row.ids) for row in data.encoded]
     packing = use_packing(config.data.packing, base.model, lengths, config.train.batch_size)
     if resume:
-        _unchanged(run.plan(), facts)
+        unchanged(run.plan(), known)
     else:  # not before: what cannot be attached leaves no run behind
         groups(base.model, NAME, config.train)
         run.create(config.to_dict(), deltaw.__version__)
-    run.write_plan(facts)
+    run.write_plan(known)
     progress, stop = ProgressBar(quiet), CleanStop()
     _announce(progress, base, data, plan)
     base.model.train()
@@ -141,7 +169,7 @@ def _train(config: Config, run: RunDirectory, data: Prepared, quiet: bool, resum
         "seconds": round(time.monotonic() - began, 1),
         "peak_memory": peak_memory(),
     }
-    directory.write(_described(config, base, extract(base.model, NAME), measured, parents), run.adapter)
+    directory.write(described(config, base, extract(base.model, NAME), measured, parents), run.adapter)
     keep_template(base.tokenizer, config.data.template, run.adapter)
     run.log("end", **measured)
     write_text(run.path / "report.html", html_report(run))
@@ -161,13 +189,6 @@ def _attach(config: Config, base: Base) -> tuple[TargetPlan, list[str]]:
     return plan_of(base.model, NAME), [directory.open_directory(chosen.start).digest]
 
 
-def environment() -> dict[str, str]:
-    """What a run ran on, for those who repeat it."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    versions = {package.__name__: package.__version__ for package in (deltaw, torch, transformers)}
-    return {"python": platform.python_version(), **versions, "device": device, "threads": str(torch.get_num_threads())}
-
-
 def _scorer(config: Config, base: Base, data: Prepared, run: RunDirectory) -> Callable[[], Mapping[str, float]] | None:
     """Answers to some held-out rows and their metrics, with the answers kept; None where none are wanted."""
     rows, t = data.held_out_rows, config.train
@@ -184,55 +205,6 @@ def _scorer(config: Config, base: Base, data: Prepared, run: RunDirectory) -> Ca
         return {name: measure(answers, references) for name, measure in chosen.items()} if samples else {}
 
     return score
-
-
-def _facts(config: Config, base: Base, data: Prepared, plan: TargetPlan, steps: int) -> dict[str, Any]:
-    """What is known before the first step: plan.json."""
-    return {
-        "base": base.name,
-        "method": ", ".join(sorted({target.method.name for target in plan.targets})),
-        "adapters": len(plan),
-        "trainable": plan.trainable,
-        "base_parameters": plan.base_parameters,
-        "rows": data.report.kept,
-        "held_out": len(data.held_out),
-        "dropped": dict(data.report.dropped),
-        "supervised_tokens": data.report.supervised_tokens,
-        "steps": steps,
-        "digest": {"rows": digest(data.encoded), "held_out": digest(data.held_out)},
-        "config": config.to_dict(),
-    }
-
-
-def _unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to continue a run with other rows or another configuration than it began with."""
-    if not before:
-        raise TrainError("the run has no plan.json, so that nobody knows what it began with: start it anew")
-    found = [f"{key} was {old!r}, is {new!r}" for key, old, new in _differences(before["config"], now["config"], "")]
-    for key, what in (("rows", "training rows"), ("held_out", "held-out rows")):
-        if before["digest"][key] != now["digest"][key]:
-            found.append(
-                f"the {what} are others: {before[key]:,} then, {now[key]:,} now, or the same number with other tokens"
-            )
-    if found:
-        raise faults(TrainError, "the run cannot continue as it began", found)
-
-
-def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in [*old, *(key for key in new if key not in old)]:
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-    elif old != new:
-        yield path, old, new
-
-
-def _reporters(wanted: Sequence[str]) -> None:
-    there = get_available_reporting_integrations()
-    missing = [name for name in wanted if name not in there]
-    if missing:
-        raise UseError(
-            f"train.report_to: {missing[0]!r} is not installed or unknown{did_you_mean(missing[0], there)}: pip install it"
-        )
 
 
 def _announce(progress: ProgressBar, base: Base, data: Prepared, plan: TargetPlan) -> None:
@@ -258,19 +230,3 @@ def _losses(run: RunDirectory, trainer: AdapterTrainer, evaluated: list[Encoded]
     if evaluated:
         result["held_out"] = trainer.evaluate()["eval_loss"]
     return result
-
-
-def _described(config: Config, base: Base, state: Any, measured: Mapping[str, Any], parents: list[str]) -> Any:
-    """The state with what a user of the files must know: task, base, template, mask policy, recipe, what was measured."""
-    template = getattr(base.tokenizer, "chat_template", None) or ""
-    identity = dataclasses.replace(state.base, name=base.name)
-    d = config.data
-    meta = {
-        "task_type": "CAUSAL_LM",
-        "chat_template": hashlib.sha256(template.encode()).hexdigest() if template else None,
-        "mask": "all tokens" if d.train_on_prompt or config.train.objective == "text" else f"answers, {d.turns} turns",
-        "recipe": {key: value for key, value in config.to_dict().items() if key in ("data", "adapter", "train")},
-        "metrics": dict(measured),
-        "parents": parents,
-    }
-    return dataclasses.replace(state, base=identity, meta=meta)

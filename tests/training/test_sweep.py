@@ -1,0 +1,90 @@
+"""A sweep is ordinary runs on one loaded base: equal to single runs, resumable cell by cell, ranked with its spread."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import deltaw
+from deltaw.cli import main as cli
+from deltaw.core.errors import ConfigError
+from deltaw.training import run as training
+from deltaw.training.sweep import Ranked, combinations, sweep, table
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("sweep")
+    words = ["river", "castle", "garden", "church", "mill", "bridge"]
+    rows = [{"prompt": f"say {a} {b}", "completion": f"{b} {a}"} for a in words for b in words]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = {"max_steps": 3, "batch_size": 4, "learning_rate": 5e-3, "save_every": 3}
+    return {"model": "tiny", "data": {"train": str(folder / "rows.jsonl"), "eval": 0.2}, "adapter": {"rank": 2},
+            "train": train, "output": str(folder / "out")}  # fmt: skip
+
+
+def test_cells_are_what_single_runs_are(
+    record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+    real = training.load_base
+    monkeypatch.setattr(training, "load_base", lambda *a, **k: loads.append(1) or real(*a, **k))
+    axes = {"train.learning_rate": [1e-4, 1e-2], "adapter.rank": [2, 4]}
+    ranked = sweep({**record, "output": str(tmp_path / "out")}, axes, seeds=2, quiet=True)
+    assert len(loads) == 1 and len(ranked) == 4 and all(len(r.values) == 2 for r in ranked)
+    assert ranked[0].settings["train.learning_rate"] == 1e-2
+    folder = tmp_path / "out" / "learning_rate-0.01_rank-4_seed-1"
+    whole = {**record, "adapter": {"rank": 4}, "train": {**record["train"], "learning_rate": 1e-2, "seed": 1}}
+    alone = deltaw.train({**whole, "output": str(tmp_path / "alone")}, quiet=True)
+    mine, theirs = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, alone.path))
+    assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
+    # finished cells are read; one that stopped goes on or starts anew
+    shutil.rmtree(folder / "adapter")
+    other = tmp_path / "out" / "learning_rate-0.01_rank-2_seed-0"
+    shutil.rmtree(other / "adapter")
+    shutil.rmtree(other / "checkpoints")
+    trained = []
+    one = training.train
+    monkeypatch.setattr("deltaw.training.sweep.train", lambda *a, **k: trained.append(1) or one(*a, **k))
+    again = sweep({**record, "output": str(tmp_path / "out")}, axes, seeds=2, quiet=True)
+    assert len(trained) == 1 and [r.values for r in again] == [r.values for r in ranked]
+
+
+def test_a_wrong_cell_stops_before_the_first(record: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="rank=0"):
+        sweep({**record, "output": str(tmp_path / "out")}, {"adapter.rank": [2, 0]}, quiet=True)
+    with pytest.raises(ConfigError, match=r"set data\.eval"):
+        sweep({**record, "data": {**record["data"], "eval": None}}, {"adapter.rank": [2]}, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranking_says_when_it_may_be_noise() -> None:
+    ranked = [Ranked({"a": 1}, (1.0, 1.2)), Ranked({"a": 2}, (1.1, 1.2)), Ranked({"a": 3}, (3.0, 3.1))]
+    lines = table(ranked).splitlines()
+    assert "as good as the first" in lines[2] and "as good" not in lines[1] + lines[3]
+    assert combinations({"a": [1, 2], "b": [3]}) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
+
+
+def test_from_the_command_line(
+    record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**record, "output": str(tmp_path / "out")}))
+    given = [
+        "deltaw",
+        "train",
+        str(tmp_path / "config.json"),
+        "--sweep",
+        "train.learning_rate=1e-4,1e-2",
+        "--quiet",
+        "--json",
+    ]
+    monkeypatch.setattr("sys.argv", given)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    ranking = json.loads(capsys.readouterr().out)["ranking"]
+    assert [cell["settings"] for cell in ranking] == [{"train.learning_rate": 0.01}, {"train.learning_rate": 0.0001}]
