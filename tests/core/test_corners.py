@@ -470,3 +470,13 @@ def test_modules_whose_weight_is_read_from_above_are_refused() -> None:
         attach(lists, Full(), targets="0")
     with pytest.raises(TargetError, match="WeightNorm computes the weight"):
         attach(nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4))), Full(), targets="0")
+
+
+def test_presets_choose_the_same_layers_for_every_method() -> None:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    for preset in ("all-linear", "attention", "mlp"):
+        low_rank = attach(AutoModelForCausalLM.from_config(config), LORA, targets=preset)
+        whole = attach(AutoModelForCausalLM.from_config(config), Full(), targets=preset)
+        assert low_rank.paths == whole.paths

@@ -24,7 +24,7 @@ from torch import nn
 from deltaw.core.base import base_modules, base_parameters
 from deltaw.core.errors import TargetError, did_you_mean, faults
 from deltaw.core.guards import bypassed
-from deltaw.core.host import HostSpec, WeightHost, kind_of
+from deltaw.core.host import HostSpec, WeightHost, host_of, kind_of
 from deltaw.core.method import Method, Site
 from deltaw.core.plan import Target, TargetPlan
 
@@ -45,6 +45,8 @@ class ModuleFact:
     """Slots the method's protocol finds here, with their shapes; empty where the module cannot carry it."""
     parameters: tuple[str, ...]
     """Names of the parameters the module itself owns."""
+    linear: bool
+    """A linear layer, whatever the method needs of it: what presets choose among."""
     head: bool
     """True for modules outside the model's body (language-model and classifier heads)."""
     refusal: str | None = None
@@ -73,8 +75,17 @@ def facts(model: nn.Module, method: Method) -> list[ModuleFact]:
                     slots[slot], refusal = host.spec, refusal or host.fault()
         refusal = bypassed(model, path) or refusal
         head = module is output or (body is not None and bool(path) and path.split(".")[0] not in body)
-        result.append(ModuleFact(path, layer.__name__, lineage[path], slots, own, head, refusal))
+        result.append(ModuleFact(path, layer.__name__, lineage[path], slots, own, _linear(module), head, refusal))
     return result
+
+
+def _linear(module: nn.Module) -> bool:
+    """Does the layer apply one matrix to vectors? Tables of rows and convolutions do not."""
+    host = host_of(module)
+    if host is None or not host.has(module, host.slot):
+        return False
+    spec: HostSpec = host.spec
+    return spec.linear and not spec.lookup and len(spec.shape) == 2
 
 
 def _body(model: nn.Module) -> set[str] | None:
@@ -91,20 +102,10 @@ def _in_attention(fact: ModuleFact) -> bool:
 def _matches(pattern: str, fact: ModuleFact, whole: bool) -> bool:
     """Does one pattern hit one module? With `whole`, a hit on a module above it counts too (fully trained modules)."""
     if pattern in PRESETS:
-        linear = (
-            not whole
-            and "Embedding" not in fact.layer
-            and any(spec.linear and not spec.lookup for spec in fact.slots.values())
-        )
-        if pattern == "all-linear":
-            kernel = any(len(spec.shape) > 2 for spec in fact.slots.values())
-            return linear and not kernel and not fact.head
+        if not fact.linear or fact.head or pattern == "all-linear":
+            return fact.linear and not fact.head
         block = bool(re.search(r"\.\d+\.", fact.path))
-        return (
-            linear
-            and not fact.head
-            and (_in_attention(fact) if pattern == "attention" else block and not _in_attention(fact))
-        )
+        return _in_attention(fact) if pattern == "attention" else block and not _in_attention(fact)
     plain = re.fullmatch(r"[\w.\-]*", pattern) is not None
     parts = fact.path.split(".")
     candidates = [".".join(parts[: i + 1]) for i in range(len(parts))] if whole else [fact.path]
@@ -161,7 +162,7 @@ def plan(
                     notes.append(f"left out {fact.path}: {fact.refusal}")
                     del chosen[fact.path]
     for pattern in _patterns(exclude, found):
-        gone = [path for path, fact in chosen.items() if _matches(pattern, fact, pattern not in PRESETS)]
+        gone = [path for path, fact in chosen.items() if _matches(pattern, fact, True)]
         if not gone:
             found.append(f"exclude={pattern!r} takes nothing away from the targets")
         for path in gone:
