@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks._common import keep
 from deltaw import LoRA, attach, save, use
 from deltaw.data.collate import Collator
 from deltaw.data.dataset import encode_rows
@@ -26,8 +27,6 @@ from deltaw.data.encode import Policy
 from deltaw.data.rows import read_rows
 from deltaw.infer.generate import generate
 from deltaw.infer.loss import SFTLoss, mean_loss
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def pairs(file: Path) -> list[tuple[str, str]]:
@@ -127,9 +126,7 @@ def main(arguments: list[str]) -> None:
             "seconds_per_step": statistics.median(side.blocks) / 10,
         }  # fmt: skip
     result["step_time_ratio"] = result["deltaw"]["seconds_per_step"] / result["PEFT"]["seconds_per_step"]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "e2e.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    keep("e2e", result)
 
 
 def bleu(model: nn.Module, tokenizer: Any, inputs: list[str], references: dict[str, list[str]]) -> float | None:

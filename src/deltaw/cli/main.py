@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 wrong use or configuration. Errors are one sente
 came from.
 """
 
+import logging
 import signal
 import sys
 import threading
@@ -44,6 +45,7 @@ def main() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, interrupt)
         sys.unraisablehook = _unraisable
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels while it is imported, quantised or not
     arguments = [a for a in sys.argv[1:] if a != "--traceback"]
     wants_traceback = len(arguments) < len(sys.argv) - 1
     try:

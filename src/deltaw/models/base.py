@@ -4,7 +4,6 @@ A local path never touches the network. An adapter's folder is not a base: the e
 """
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +144,5 @@ def require_transformers() -> Any:
     except ImportError:
         raise UseError("this needs transformers: pip install 'deltaw[train]'") from None
     transformers.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of kernels for bases that are not quantised
     transformers.logging.disable_progress_bar()
     return transformers
