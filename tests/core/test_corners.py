@@ -480,3 +480,17 @@ def test_presets_choose_the_same_layers_for_every_method() -> None:
         low_rank = attach(AutoModelForCausalLM.from_config(config), LORA, targets=preset)
         whole = attach(AutoModelForCausalLM.from_config(config), Full(), targets=preset)
         assert low_rank.paths == whole.paths
+
+
+def test_masters_stay_in_fp32_wherever_the_model_goes() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 5)), torch.randn(2, 6)
+    attach(model, LORA, targets="0")
+    stir(model)
+    (site,) = extract(model).methods
+    before = extract(model).tensors[site]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        model.to(dtype)
+        assert model(x.to(dtype)).dtype == dtype
+        assert all(torch.equal(t, before[name]) for name, t in extract(model).tensors[site].items())
+    model.half().float().to("meta")
+    assert all(p.device.type == "meta" for p in model.parameters())

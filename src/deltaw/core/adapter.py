@@ -9,6 +9,7 @@ A parameter is an adapter's because it lives under an Adapter, never because of 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from deltaw.core.host import Host, HostSpec, WeightHost
@@ -32,6 +33,15 @@ class Adapter(nn.Module):
     method: Any
     spec: HostSpec
     """The shape it was made for: of an adapter that follows ties, that of its own site."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Go where the model goes, but not below fp32: model.to(bfloat16) must not round the trained tensors."""
+
+        def move(tensor: Tensor) -> Tensor:
+            like = fn(tensor.new_empty(0))
+            return fn(tensor) if like.dtype in (tensor.dtype, torch.float32, torch.float64) else tensor.to(like.device)
+
+        return super()._apply(move, recurse)
 
     def start_from(self, host: Any) -> None:
         """Set initial values that depend on the base (magnitudes, copies). Called by `attach`, not by `insert`."""
