@@ -43,6 +43,13 @@ def test_folder_computes_what_the_adapter_does(adapter: Path, tmp_path: Path, dt
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
 
 
+def test_the_template_of_the_adapter_goes_along(tmp_path: Path) -> None:
+    folder = trained(deltaw.load_base("tiny").model, tmp_path / "a")
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}<|end|>")
+    merge_to_folder("tiny", folder, tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template.startswith("{{ messages[0]")
+
+
 def test_a_folder_that_is_not_empty(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("mine")
     with pytest.raises(UseError, match="is not an empty folder"):

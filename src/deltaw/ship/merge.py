@@ -16,6 +16,7 @@ from deltaw.core.errors import MergeError
 from deltaw.core.files import must_be_free, whole_folder
 from deltaw.core.merge import merge as merge_live
 from deltaw.core.route import use
+from deltaw.data.template import use_kept_template
 from deltaw.models.adapters import load
 from deltaw.models.base import load_base, pick_dtype, require_transformers, resolve
 
@@ -50,6 +51,7 @@ def merge_to_folder(
     written = _dtype(model, dtype)
     base = load_base(model, dtype="fp32", device=torch.device("cpu"))
     load(base.model, adapter, name="merged", allow_base_mismatch=allow_base_mismatch, allow_pickle=allow_pickle)
+    use_kept_template(base.tokenizer, Path(adapter))
     ids = probe(base.model)
     tuned = logits(base.model, ids)
     with use(base.model, {}):
