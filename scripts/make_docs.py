@@ -43,7 +43,9 @@ def page() -> str:
     parts = [HEAD]
     for section, cls in (("data", schema.DataConfig), ("train", schema.TrainConfig)):
         parts.append(f"## `{section}`\n\n{table(properties[section]['properties'], _defaults(cls))}\n")
-    parts.append(f"## `adapter`, for every method\n\n{table(describe.shared(), _defaults(schema.AdapterConfig))}\n")
+    parts.append(
+        f"## `adapter`, for every method\n\n{table(describe.shared(), {**_defaults(schema.AdapterConfig), 'from': None})}\n"
+    )
     for alternative in properties["adapter"]["oneOf"]:
         name = alternative["title"]
         own = {k: v for k, v in alternative["properties"].items() if k != "method" and k not in describe.shared()}

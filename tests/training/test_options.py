@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,10 @@ def test_going_on_from_an_adapter(rows: Path, tmp_path: Path) -> None:
     assert second.losses["held_out"] < first.losses["held_out"] and second.plan.trainable == first.plan.trainable
     manifest = [json.loads((run.adapter / "deltaw.json").read_text()) for run in (first, second)]
     assert manifest[1]["meta"]["parents"] == [manifest[0]["digest"]]
+    assert "from: " in (second.path / "config.yaml").read_text()
+    shutil.rmtree(second.adapter)  # as if it had stopped before the end
+    again = deltaw.resume(second.path, quiet=True)
+    assert again.losses["held_out"] == second.losses["held_out"]
     with pytest.raises(ConfigError, match=r"adapter.from brings its own method and targets: leave out 'rank'"):
         deltaw.train(config(rows, tmp_path / "third", {"from": str(first.adapter), "rank": 4}), quiet=True)
 
@@ -186,8 +191,6 @@ def test_killed_and_resumed_is_bit_identical(rows: Path, tmp_path: Path, kill: s
 
 
 def test_a_run_does_not_go_on_with_something_else(rows: Path, tmp_path: Path) -> None:
-    import shutil
-
     file = tmp_path / "rows.jsonl"
     shutil.copy(rows, file)
     base = deltaw.load_base("tiny", dtype="fp32")

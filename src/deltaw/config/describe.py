@@ -48,7 +48,8 @@ def adapter(name: str) -> dict[str, Any]:
 def shared() -> dict[str, Any]:
     """Fields of the `adapter` section that every method has."""
     said = sentences(AdapterConfig)
-    return {f.name: {"description": said[f.name]} for f in dataclasses.fields(AdapterConfig) if f.name != "method"}
+    names = [f.name for f in dataclasses.fields(AdapterConfig) if f.name != "method"]
+    return {"from" if name == "start" else name: {"description": said[name]} for name in names}
 
 
 def sentences(cls: type) -> dict[str, str]:

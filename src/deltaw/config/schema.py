@@ -90,7 +90,7 @@ class AdapterConfig:
     layers: int | str | tuple[int, ...] | None = None
     """Only these layers: "0-3,7"."""
     start: str | None = None
-    """Go on from this adapter folder (`from` in files); it brings its own method and targets."""
+    """Go on from this adapter folder; it brings its own method and targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +167,10 @@ class Config:
         for section in ("data", "train"):
             record[section] = dataclasses.asdict(record[section])
         adapter = {f.name: getattr(self.adapter, f.name) for f in dataclasses.fields(self.adapter)}
+        if self.adapter.start is not None:
+            record["adapter"] = {"from": self.adapter.start}
+            return _plain(record)
+        del adapter["start"]
         record["adapter"] = {"method": self.adapter.method.name, **dataclasses.asdict(adapter.pop("method")), **adapter}
         return _plain(record)
 
