@@ -60,4 +60,8 @@ def evaluate(
         lines.append(
             f"answers to the first {generations} rows of {len(rows)}" if generations else "no answers generated"
         )
+    if result["base"]["dropped"]:
+        lines.append(
+            "left out: " + ", ".join(f"{reason}: {count:,}" for reason, count in result["base"]["dropped"].items())
+        )
     show(result, as_json, "\n".join(lines))

@@ -5,6 +5,7 @@
 
 import dataclasses
 import re
+import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,8 @@ def parse_adapter(record: Any, found: list[str]) -> AdapterConfig | None:
     if not isinstance(record, Mapping):
         found.append(f"adapter={record!r} must be a section like {{method: lora, rank: 16}}")
         return None
+    if "from" in record and "start" in record:
+        found.append("adapter.from and adapter.start are one thing: leave start out")
     if "from" in record:  # a word of Python, so the field has another name
         record = {"start" if key == "from" else key: value for key, value in record.items()}
     own = [f.name for f in dataclasses.fields(AdapterConfig) if f.name != "method"]
@@ -102,21 +105,38 @@ def _values(
     cls: type, record: Mapping[str, Any], prefix: str, found: list[str], others: Collection[str] = ()
 ) -> dict[str, Any]:
     """The fields that a record gives, as the types of `cls` want them; one fault for each that cannot be."""
-    types, values = typing.get_type_hints(cls), {}
+    hints, values = typing.get_type_hints(cls), {}
     names = [f.name for f in dataclasses.fields(cls)]
     for key, value in record.items():
         if key not in names:
             found.append(f"no key {prefix + str(key)!r}{did_you_mean(str(key), [*names, *others])}")
             continue
+        kinds = _kinds(hints[key])
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            found.append(f"{prefix}{key}={value!r}: must be a number")
+            continue
+        if isinstance(value, str) and bool in kinds and value not in kinds:
+            found.append(f"{prefix}{key}={value!r}: must be true or false")
+            continue
         try:
             rules = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
             values[key] = TypeAdapter(
-                types[key], config=None if dataclasses.is_dataclass(types[key]) else rules
+                hints[key], config=None if dataclasses.is_dataclass(hints[key]) else rules
             ).validate_python(value)
         except ValidationError as error:
             said = dict.fromkeys(fault["msg"][0].lower() + fault["msg"][1:] for fault in error.errors())
             found.append(f"{prefix}{key}={value!r}: {', or '.join(said).replace(', or input should be', ', or')}")
     return values
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The types, and the values of literals, that a hint allows at its top."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return set(parts)
+    if parts and typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return set().union(*map(_kinds, parts))
+    return {hint}
 
 
 def _impossible(config: Config) -> list[str]:
@@ -139,6 +159,13 @@ def _impossible(config: Config) -> list[str]:
         found.append("train.best and train.early_stopping go by held-out rows: set data.eval")
     if not 0 <= t.warmup < 1:
         found.append(f"train.warmup={t.warmup!r} is a share of the steps, in [0, 1)")
+    empty = {"model": config.model, "output": config.output, "data.train": config.data.train}
+    empty |= {
+        "data.eval": config.data.eval,
+        "data.template": config.data.template,
+        "adapter.from": config.adapter.start,
+    }
+    found += [f"{name} is empty" for name, value in empty.items() if value in ("", ())]
     if config.data.max_length is not None and config.data.max_length < 2:
         found.append(f"data.max_length={config.data.max_length!r} must be at least 2")
     if isinstance(config.data.eval, float) and not 0 < config.data.eval < 1:
@@ -197,6 +224,10 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def override(record: Any, overrides: Sequence[str]) -> Any:
     """Plain data with `section.key=value` written into it; values are read as YAML."""
+    if record is not None and not isinstance(record, Mapping):
+        raise ConfigError(
+            f"a configuration is a mapping of sections (model, data, adapter, train, output): not {record!r}"
+        )
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:

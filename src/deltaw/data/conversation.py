@@ -5,12 +5,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A tool called by the assistant; `arguments` is a JSON object as text."""
 
     name: str

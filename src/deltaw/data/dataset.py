@@ -150,7 +150,9 @@ def split(rows: Rows, share: float) -> tuple[Rows, Rows]:
 
 def _split_text(rows: Rows, share: float) -> tuple[Rows, Rows]:
     text = rows.rows[0].text or ""
-    border = text.rfind("\n", 0, int(len(text) * (1 - share))) + 1 or int(len(text) * (1 - share))
+    wanted = int(len(text) * (1 - share))
+    line = text.rfind("\n", 0, wanted) + 1
+    border = line if wanted - line < 0.2 * share * len(text) else wanted  # at a line's end, where one is near
     halves = text[:border], text[border:]
     if not all(half.strip() for half in halves):
         raise DataError(

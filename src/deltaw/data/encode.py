@@ -64,6 +64,10 @@ def encode(row: Example, tokenizer: Any, policy: Policy) -> list[Encoded] | Drop
     """
     if row.text is not None:
         return _pieces(row.text, tokenizer, policy.max_length)
+    if policy.train_on_prompt and not all(m.learn for m in row.messages):
+        raise DataError(
+            f"{row.where} marks turns as context only, data.train_on_prompt learns everything: choose one of them"
+        )
     ids, spans = (_templated if tokenizer.chat_template else _plain)(row, tokenizer, policy)
     if _control(row, tokenizer):
         return Dropped("a control token in the text", len(ids))
@@ -86,7 +90,12 @@ def prompt_ids(messages: tuple[Message, ...], tokenizer: Any, tools: tuple[str, 
     """Tokens up to the point where the answer begins: the same in training and in generation."""
     if tokenizer.chat_template:
         return _tokens(render(messages, tokenizer, tools, answer=True), tokenizer)
-    ids = tokenizer(messages[-1].content, add_special_tokens=True)["input_ids"]
+    return plain_ids(messages[-1].content, tokenizer)
+
+
+def plain_ids(text: str, tokenizer: Any) -> list[int]:
+    """Tokens of a text that something follows."""
+    ids: list[int] = tokenizer(text, add_special_tokens=True)["input_ids"]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
 
 
@@ -192,8 +201,12 @@ def _stop(ids: list[int], start: int, end: int, tokenizer: Any) -> int:
 
 def _control(row: Example, tokenizer: Any) -> bool:
     """Does someone's text hold a control token, which would be read as the template's own?"""
-    special = tokenizer.all_special_tokens
-    texts = [text for m in row.messages for text in (m.content, m.reasoning, *(c.arguments for c in m.calls)) if text]
+    special = {
+        *tokenizer.all_special_tokens,
+        *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special),
+    }
+    texts = [text for m in row.messages for text in (m.content, m.reasoning, *(t for c in m.calls for t in c)) if text]
+    texts += row.tools
     return any(token in text for token in special for text in texts)
 
 

@@ -8,6 +8,7 @@
 """
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,35 +68,27 @@ def _near(path: Path) -> str:
     return did_you_mean(path.name, names) or f"; the folder holds {', '.join(files[:6]) or 'no file of rows'}"
 
 
-def records(path: Path, pattern: str | None = None) -> Iterator[Record | str]:
+def records(path: Path, lines: bool = False) -> Iterator[Record | str]:
     """The records of a file in order; in the place of one that cannot be read, the fault as a sentence.
 
-    pattern: a regular expression with named groups; it makes a record of each line of a .txt file, and fields of the
-    `text` of any other record.
+    lines: each line of a .txt file is a record, not the whole of it.
     """
-    found = _parquet(path) if path.suffix == ".parquet" else _file(path, pattern)
-    if pattern is None:
-        yield from found
-        return
-    for record in found:
-        yield record if isinstance(record, str) else _matched(record, pattern)
+    yield from _parquet(path) if path.suffix == ".parquet" else _file(path, lines)
 
 
-def _matched(record: Record, pattern: str) -> Record | str:
+def matched(record: Record, pattern: str) -> Record | str:
+    """The record with the named groups of a pattern in the place of its `text`."""
     text = record.fields.get("text")
-    match = re.fullmatch(pattern, text, re.DOTALL) if isinstance(text, str) else None
+    if not isinstance(text, str):
+        return f"{record.where} has no `text` for data.pattern (it has {', '.join(map(str, record.fields))})"
+    match = re.fullmatch(pattern, text, re.DOTALL)
     if match is None:
-        what = (
-            f"has no `text` for data.pattern (it has {', '.join(record.fields)})"
-            if text is None
-            else f"does not match data.pattern: {str(text)[:60]!r}"
-        )
-        return f"{record.where} {what}"
+        return f"{record.where} does not match data.pattern: {text[:60]!r}"
     rest = {key: value for key, value in record.fields.items() if key != "text"}
     return Record({**rest, **match.groupdict()}, record.line, record.where)
 
 
-def _file(path: Path, pattern: str | None) -> Iterator[Record | str]:
+def _file(path: Path, lines: bool) -> Iterator[Record | str]:
     try:
         text = _text(path)
     except OSError as error:
@@ -112,12 +105,8 @@ def _file(path: Path, pattern: str | None) -> Iterator[Record | str]:
         yield from _lines(path, text)
         return
     if path.suffix == ".txt":
-        lines = enumerate(text.split("\n"), 1) if pattern else [(1, text)]
-        yield from (
-            Record({"text": line.strip() if pattern else line}, n, f"{path.name} line {n}")
-            for n, line in lines
-            if line.strip()
-        )
+        parts = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1)] if lines else [(1, text)]
+        yield from (Record({"text": part}, n, f"{path.name} line {n}") for n, part in parts if part.strip())
         return
     if path.suffix in (".csv", ".tsv"):
         yield from _table(path, text)
@@ -173,13 +162,13 @@ def _kind(value: Any) -> str:
 
 
 def _table(path: Path, text: str) -> Iterator[Record | str]:
-    reader = csv.reader(text.splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     try:
         header = next(reader)
         if len(set(header)) != len(header):
             yield f"{path.name} names a column twice in its header: {', '.join(header)}"
             return
-        for row in reader:
+        for row in filter(None, reader):  # a blank line is no row
             where = f"{path.name} line {reader.line_num}"
             if len(row) != len(header):
                 yield f"{where} has {len(row)} cells, the header has {len(header)} ({', '.join(header)})"

@@ -58,7 +58,7 @@ def read_rows(given: Given | Sequence[Given]) -> Rows:
         if form is None or wrong:
             continue
         parts.append(Part(source.path, form, len(examples), source.weight))
-        times = sources.repeated([place(row) for row in examples], source.weight)
+        times = sources.repeated([place(row, "weight") for row in examples], source.weight)
         rows += [row for row, count in zip(examples, times, strict=True) for _ in range(count)]
     if found:
         raise faults(DataError, f"{name} cannot be used", found)
@@ -89,10 +89,10 @@ def _read(source: sources.Source) -> tuple[Form | None, list[Example], list[str]
     return form, rows, found
 
 
-def place(row: Example) -> float:
-    """A number in [0, 1) that depends on the content of a row only."""
+def place(row: Example, salt: str = "") -> float:
+    """A number in [0, 1) that depends on the content of a row only; another salt gives an unrelated one."""
     turns = [[m.role, m.content, m.reasoning, *([c.name, c.arguments] for c in m.calls)] for m in row.messages]
     if not any(m.reasoning or m.calls for m in row.messages):
         turns = [[m.role, m.content] for m in row.messages]
     text = json.dumps(turns if row.text is None else row.text)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(f"{salt}{text}".encode()).digest()[:8], "big") / 2**64

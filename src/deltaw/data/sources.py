@@ -17,7 +17,7 @@ from typing import Any
 
 from deltaw.config.schema import Source
 from deltaw.core.errors import DataError, did_you_mean
-from deltaw.data.files import SUFFIXES, Record, data_files, loaded, records
+from deltaw.data.files import SUFFIXES, Record, data_files, loaded, matched, records
 
 HUB = re.compile(r"[\w.\-]+/[\w.\-]+")
 
@@ -35,7 +35,10 @@ def named(given: Given) -> Source:
 def read(source: Source) -> Iterator[Record | str]:
     """The records of a source under our field names; in the place of one that cannot be read, the fault."""
     for record in _records(source):
-        yield record if isinstance(record, str) else _renamed(record, source)
+        found = record if isinstance(record, str) else _renamed(record, source)
+        if source.pattern is not None and isinstance(found, Record):
+            found = matched(found, source.pattern)
+        yield found
 
 
 def _records(source: Source) -> Iterator[Record | str]:
@@ -46,7 +49,7 @@ def _records(source: Source) -> Iterator[Record | str]:
         yield from loaded(f"the data set {source.path!r}", source.path, (source.path,), options)
         return
     for file in data_files([path]):
-        yield from records(file, source.pattern)
+        yield from records(file, lines=source.pattern is not None)
 
 
 def _renamed(record: Record, source: Source) -> Record | str:

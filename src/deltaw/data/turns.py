@@ -129,7 +129,7 @@ def _calls(given: Any) -> tuple[Call, ...]:
 def _learn(turn: Mapping[str, Any]) -> bool:
     """`train: false` or `weight: 0` on a turn make it context."""
     for key in ("train", "weight"):
-        if key in turn:
+        if turn.get(key) is not None:  # tables fill what is missing with null
             if turn[key] not in (0, 1):  # True and False are 1 and 0
                 raise Unreadable(f"has {key}={turn[key]!r}: must be 0 or 1, true or false")
             return bool(turn[key])

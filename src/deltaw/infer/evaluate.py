@@ -41,6 +41,8 @@ class Evaluation:
     loss: float
     scores: Mapping[str, float] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Rows left out, by reason."""
 
     @property
     def answers(self) -> list[str]:
@@ -51,7 +53,13 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "loss": self.loss, "perplexity": self.perplexity, **self.scores}
+        return {
+            "rows": self.rows,
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "dropped": dict(self.dropped),
+            **self.scores,
+        }
 
 
 def last_turn(row: Example, tokenizer: Any, policy: Policy) -> tuple[list[int], list[int]] | None:
@@ -60,6 +68,8 @@ def last_turn(row: Example, tokenizer: Any, policy: Policy) -> tuple[list[int], 
     if not isinstance(found, list):
         return None
     learnt = [place for place, label in enumerate(found[0].labels) if label != IGNORE]
+    if learnt[0] == 0:  # the answer alone is too long
+        return None
     return found[0].ids[: learnt[0]], found[0].ids[learnt[0] : learnt[-1] + 1]
 
 
@@ -81,19 +91,19 @@ def evaluate(
     """
     chosen = metrics(metric)
     policy = Policy(max_length)
-    encoded, _ = encode_rows(
+    encoded, report = encode_rows(
         rows, tokenizer, policy, objective="text" if rows.form == "text" else "sft", pairs="chosen"
     )
     loss = held_out_loss(model, tokenizer, encoded, batch_size)
     samples = generate_samples(model, tokenizer, rows.rows[:generations], policy, max_new_tokens, batch_size)
     if not samples:
-        return Evaluation(len(encoded), loss)
+        return Evaluation(len(encoded), loss, dropped=report.dropped)
     answers, references = [s.answer for s in samples], [s.references for s in samples]
     found = {name: measure(answers, references) for name, measure in chosen.items()}
     for name, score in (scores or {}).items():
         best = [max(score(answer, text) for text in texts) for answer, texts in zip(answers, references, strict=True)]
         found[name] = sum(best) / len(best)
-    return Evaluation(len(encoded), loss, found, samples)
+    return Evaluation(len(encoded), loss, found, samples, report.dropped)
 
 
 def held_out_loss(model: nn.Module, tokenizer: Any, encoded: Sequence[Encoded], batch_size: int = 32) -> float:
@@ -114,7 +124,8 @@ def generate_samples(
     """Greedy answers to the distinct prompts of `rows`, which are not texts and not too long."""
     wanted: dict[tuple[int, ...], list[list[int]]] = {}
     for row in rows:
-        turn = last_turn(row, tokenizer, policy) if row.text is None else None
+        wants = row.text is None and row.good is not False  # an unwanted answer is no reference
+        turn = last_turn(row, tokenizer, policy) if wants else None
         if turn is not None:
             wanted.setdefault(tuple(turn[0]), []).append(turn[1])
     if not wanted:

@@ -3,6 +3,7 @@
 Padding is on the left, positions follow the attention mask, and the answer ends before its stop token.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaw.core.errors import UseError, faults
+from deltaw.core.errors import DataError, UseError, faults
+from deltaw.data.encode import plain_ids, stop_token_trained
 
 Prompt = str | Sequence[dict[str, str]]
 """A user's turn as text, or a whole conversation as messages."""
@@ -27,7 +29,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
         if len(prompt) != 1:
             raise UseError("this base has no chat template: give the prompt as plain text, not as a conversation")
         prompt = prompt[0]["content"]
-    return tokenizer(prompt, add_special_tokens=True)["input_ids"]
+    return plain_ids(prompt, tokenizer)
 
 
 def generate(
@@ -72,9 +74,12 @@ def answer_all(
     """As `generate`, for prompts that are token ids already."""
     check_sampling(max_new_tokens, temperature, top_p)
     device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = next(number for number in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if number is not None)
+    stops = stop_tokens(model, tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None)
     for number, ids in enumerate(encoded, 1):
+        if not ids:
+            raise UseError(f"prompt {number} is empty: give at least one word")
         if limit is not None and len(ids) >= limit:
             raise UseError(f"prompt {number} has {len(ids)} tokens, the base reads at most {limit}: shorten it")
     sampling = (
@@ -84,12 +89,12 @@ def answer_all(
     )
     if seed is not None:
         torch.manual_seed(seed)
-    answers: list[str] = []
+    answers: dict[int, str] = {}
     training = model.training
     model.eval()
     try:
-        for start in range(0, len(encoded), batch_size):
-            chunk = encoded[start : start + batch_size]
+        for numbers in _batches(encoded, batch_size, max_new_tokens, limit):
+            chunk = [encoded[number] for number in numbers]
             width = max(map(len, chunk))
             ids = torch.tensor([[pad] * (width - len(row)) + row for row in chunk], device=device)
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in chunk], device=device)
@@ -97,9 +102,28 @@ def answer_all(
             with torch.no_grad():
                 out = model.generate(
                     input_ids=ids, attention_mask=mask, max_new_tokens=room, pad_token_id=pad,
-                    eos_token_id=tokenizer.eos_token_id, **sampling,
+                    eos_token_id=stops or None, **sampling,
                 )  # fmt: skip
-            answers += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+            answers |= dict(zip(numbers, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True))
     finally:
         model.train(training)
-    return [answer.strip() for answer in answers]
+    return [answers[number].strip() for number in range(len(encoded))]
+
+
+def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """What ends an answer: the tokenizer's end of text, the model's own stops, and the token that training ends turns with."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    if getattr(tokenizer, "chat_template", None):
+        with contextlib.suppress(DataError):  # a template that cannot be trained still has the stops above
+            found.add(stop_token_trained(tokenizer))
+    return sorted(token for token in found if token is not None)
+
+
+def _batches(encoded: Sequence[list[int]], size: int, new: int, limit: int | None) -> list[list[int]]:
+    """Numbers of the prompts in batches; one with little room for its answer goes alone, it would shorten the others'."""
+    tight = [n for n, ids in enumerate(encoded) if limit is not None and limit - len(ids) < new]
+    free = [n for n in range(len(encoded)) if n not in set(tight)]
+    # the widest of a batch sets the room of all: like lengths together
+    widths = sorted(free, key=lambda n: len(encoded[n]))
+    return [widths[i : i + size] for i in range(0, len(widths), size)] + [[n] for n in tight]
