@@ -46,7 +46,7 @@ def lora(shared: Path, work: Path, steps: int, rates: list[float], seeds: int) -
         "train": {"max_steps": steps, "batch_size": BATCH, "dtype": "fp32", "eval_every": steps, "save_every": 250},
         "output": str(work / "lora"),
     }  # fmt: skip
-    return sweep(record, {"train.learning_rate": rates}, seeds)
+    return sweep(record, {"train.learning_rate": rates}, seeds).ranking
 
 
 def full(shared: Path, work: Path, steps: int, rate: float, seed: int) -> Path:

@@ -228,7 +228,7 @@ def test_answers_and_their_metrics_during_training(rows: Path, tmp_path: Path) -
     )
     run = RunDirectory(deltaw.train(given, quiet=True).path)
     scores = run.events("scores")
-    assert [event["step"] for event in scores] == [0, 2, 4, 4] and all("rouge_l" in event for event in scores)
+    assert [event["step"] for event in scores] == [0, 2, 4] and all("rouge_l" in event for event in scores)
     samples = run.samples()
     assert len(samples["first"]) == len(samples["last"]) <= 3 and samples["first"] != samples["last"]
     assert "Answers to held-out prompts" in (run.path / "report.html").read_text()

@@ -34,7 +34,7 @@ def test_cells_are_what_single_runs_are(
     real = training.load_base
     monkeypatch.setattr(training, "load_base", lambda *a, **k: loads.append(1) or real(*a, **k))
     axes = {"train.learning_rate": [1e-4, 1e-2], "adapter.rank": [2, 4]}
-    ranked = sweep({**record, "output": str(tmp_path / "out")}, axes, seeds=2, quiet=True)
+    ranked = sweep({**record, "output": str(tmp_path / "out")}, axes, seeds=2, quiet=True).ranking
     assert len(loads) == 1 and len(ranked) == 4 and all(len(r.values) == 2 for r in ranked)
     assert ranked[0].settings["train.learning_rate"] == 1e-2
     folder = tmp_path / "out" / "learning_rate-0.01_rank-4_seed-1"
@@ -50,7 +50,7 @@ def test_cells_are_what_single_runs_are(
     trained = []
     one = training.train
     monkeypatch.setattr("deltaw.training.sweep.train", lambda *a, **k: trained.append(1) or one(*a, **k))
-    again = sweep({**record, "output": str(tmp_path / "out")}, axes, seeds=2, quiet=True)
+    again = sweep({**record, "output": str(tmp_path / "out")}, axes, seeds=2, quiet=True).ranking
     assert len(trained) == 1 and [r.values for r in again] == [r.values for r in ranked]
 
 

@@ -23,5 +23,4 @@ def plan(
 
     data = prepare(given)
     record = {**dataclasses.asdict(data.report), "held_out": len(data.held_out), "shown": data.previews(rows)}
-    held_out = f"\nheld out {len(data.held_out):,} rows" if data.held_out else "\nheld out none"
-    show(record, as_json, f"{data.report}{held_out}\n{data.shown(rows)}")
+    show(record, as_json, f"{data.report}\n{data.held_out_said}\n{data.shown(rows)}")

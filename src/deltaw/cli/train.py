@@ -61,6 +61,10 @@ def _sweep(given: Any, axes: list[str], seeds: int, measure: str, quiet: bool, a
         found[key] = parse.values(values, axis)
     from deltaw.training import sweep as training
 
-    ranked = training.sweep(given, found, seeds, measure, quiet)
-    plain = [{"settings": dict(r.settings), "mean": r.mean, "sd": r.sd, "values": list(r.values)} for r in ranked]
-    show({"measure": measure, "ranking": plain}, as_json, training.table(ranked))
+    done = training.sweep(given, found, seeds, measure, quiet)
+    ranked = [
+        {"settings": dict(r.settings), "mean": r.mean, "sd": r.sd, "values": list(r.values)} for r in done.ranking
+    ]
+    failed = [f"failed: {folder}: {why}" for folder, why in done.failed.items()]
+    record = {"measure": measure, "ranking": ranked, "failed": dict(done.failed)}
+    show(record, as_json, "\n".join([training.table(done.ranking), *failed]))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.core.errors import ConfigError, did_you_mean
-from deltaw.core.files import write_text
 from deltaw.data.conversation import Message
 
 
@@ -68,10 +67,9 @@ def template(given: str) -> str:
 KEPT = "chat_template.jinja"
 
 
-def keep_template(tokenizer: Any, chosen: str | None, folder: Path) -> None:
-    """Write the template that an adapter was trained with beside it, where it is not the base's own."""
-    if chosen is not None:
-        write_text(folder / KEPT, tokenizer.chat_template)
+def kept_template(tokenizer: Any) -> dict[str, str]:
+    """The file that keeps the template of an adapter beside it, where it is not the base's own: name → text."""
+    return {KEPT: tokenizer.chat_template}
 
 
 def use_kept_template(tokenizer: Any, folder: Path) -> None:

@@ -50,8 +50,11 @@ class Stored:
     """Of the tensors, as deltaw.json has it."""
 
 
-def write(state: AdapterState, path: str | Path, *, layout: Layout | None = None) -> None:
-    """Write `state` as the directory `path`, replacing an adapter that is there. `layout`: of the base, where known.
+def write(
+    state: AdapterState, path: str | Path, *, layout: Layout | None = None, beside: Mapping[str, str] | None = None
+) -> None:
+    """Write `state` as the directory `path`, replacing an adapter that is there. `layout`: of the base, where known;
+    `beside`: further text files to put into it.
 
     Methods and layers that PEFT has no format for are written in our own layout, without an adapter_config.json.
     """
@@ -72,6 +75,8 @@ def write(state: AdapterState, path: str | Path, *, layout: Layout | None = None
             (draft / WEIGHTS).chmod(0o644)
             write_text(draft / OURS, described)
             write_text(draft / CARD, card(state, kind))
+            for name, text in (beside or {}).items():
+                write_text(draft / name, text)
             if config is not None:
                 write_text(draft / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
             for other in others:

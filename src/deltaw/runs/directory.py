@@ -10,6 +10,7 @@ adapter/                the finished adapter
 report.html             curves, answers, settings and environment of a finished run
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -24,6 +25,9 @@ from deltaw.core.errors import FileError, UseError
 from deltaw.core.files import must_be_free, write_text
 
 CONFIG, PLAN, EVENTS, SAMPLES = "config.yaml", "plan.json", "events.jsonl", "samples.json"
+
+WHOLE = ("adapter", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+"""What a checkpoint holds; without any of it a run could go on, but not as it was."""
 
 
 class RunDirectory:
@@ -76,7 +80,7 @@ class RunDirectory:
             found: dict[str, Any] = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return found
+        return found if isinstance(found, dict) else {}
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         write_text(self.path / PLAN, json.dumps(dict(plan), indent=2, ensure_ascii=False) + "\n")
@@ -98,22 +102,22 @@ class RunDirectory:
     def log(self, event: str, **facts: Any) -> None:
         """Append one event, with the time in seconds since 1970."""
         line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}, ensure_ascii=False)
-        with (self.path / EVENTS).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with (self.path / EVENTS).open("ab+") as file:
+            size = file.seek(0, 2)
+            cut = size > 0 and (file.seek(-1, 2) or True) and file.read(1) != b"\n"  # a crash cut the last line short
+            file.write((b"\n" if cut else b"") + line.encode() + b"\n")
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
-        """Events in order, all or those of one kind. A last line that a crash cut short is left out."""
+        """Events in order, all or those of one kind. A line that a crash cut short is left out."""
         try:
-            *lines, cut = (self.path / EVENTS).read_text(encoding="utf-8").split("\n")
+            lines = (self.path / EVENTS).read_text(encoding="utf-8", errors="replace").split("\n")
         except FileNotFoundError:
             return []
-        read: list[dict[str, Any]] = []
-        for number, line in enumerate([*lines, *([cut] if cut.endswith("}") else [])], 1):
-            try:
+        read = []
+        for line in filter(None, lines):
+            with contextlib.suppress(json.JSONDecodeError):
                 read.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise FileError(f"{self.path / EVENTS} line {number} is not JSON: {error.msg}") from None
-        return [entry for entry in read if event is None or entry["event"] == event]
+        return [entry for entry in read if isinstance(entry, dict) and event in (None, entry.get("event"))]
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step}"
@@ -128,7 +132,13 @@ class RunDirectory:
         steps = self.steps()
         if not steps:
             raise UseError(f"{self.path} has no checkpoint to continue from: start the run anew with another output")
-        return self.checkpoint(steps[-1])
+        folder = self.checkpoint(steps[-1])
+        missing = [name for name in WHOLE if not (folder / name).exists()]
+        if missing:
+            raise FileError(
+                f"{folder} is damaged, it lacks {', '.join(missing)}: delete it to go on from the one before it"
+            )
+        return folder
 
     def rotate(self, keep: int) -> None:
         """Delete all checkpoints but the newest `keep`."""

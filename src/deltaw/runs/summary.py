@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deltaw.core.errors import DeltawError
 from deltaw.runs.directory import CONFIG, RunDirectory
 
 
@@ -33,6 +34,10 @@ def find(folders: Iterable[str | Path]) -> list[RunDirectory]:
 
 def summarise(run: RunDirectory) -> Summary:
     events, plan = run.events(), run.plan()
+    try:
+        settings = flat(run.config())
+    except DeltawError as error:
+        return Summary(str(run.path), f"unreadable: {error}", 0, 0)
     last = events[-1] if events else {}
     end = next((event for event in reversed(events) if event["event"] == "end"), {})
     evals = [event for event in events if event["event"] == "eval"]
@@ -49,7 +54,7 @@ def summarise(run: RunDirectory) -> Summary:
         trainable=plan.get("trainable", 0),
         seconds=end.get("seconds", (last.get("time", 0.0) - events[0]["time"]) if events else 0.0),
         peak_memory=end.get("peak_memory", 0),
-        settings=flat(run.config()),
+        settings=settings,
     )
 
 

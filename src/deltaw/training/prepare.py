@@ -5,6 +5,7 @@ config → sources → rows → (tokenizer, template) → encoded rows, report
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from deltaw.config.schema import Config, DataConfig, Source
@@ -14,7 +15,7 @@ from deltaw.data.encode import Encoded, Policy
 from deltaw.data.preview import preview
 from deltaw.data.rows import Rows, read_rows
 from deltaw.data.sources import named
-from deltaw.data.template import template
+from deltaw.data.template import KEPT, template
 from deltaw.models.base import DEFAULT_LENGTH, load_tokenizer
 
 
@@ -27,7 +28,17 @@ class Prepared:
     report: DataReport
     held_out: list[Encoded]
     held_out_rows: Rows | None
+    held_out_report: DataReport | None
     policy: Policy
+    own_template: bool
+    """Is the template another one than the base's own?"""
+
+    @property
+    def held_out_said(self) -> str:
+        if self.held_out_report is None:
+            return "held out none"
+        lost = ", ".join(f"{reason}: {count:,}" for reason, count in self.held_out_report.dropped.items())
+        return f"held out {len(self.held_out):,} rows" + (f", left out {lost}" if lost else "")
 
     def previews(self, count: int, most: int = 2000) -> list[str]:
         """The text of the first rows with what they learn between ⟦ and ⟧; long ones lose their middle."""
@@ -43,10 +54,16 @@ class Prepared:
 def prepare(config: Config) -> Prepared:
     """Read, split and encode the rows. Raises DataError, ConfigError, FileError (the tokenizer)."""
     d = config.data
-    chat = template(d.template) if d.template else None
+    parent = Path(config.adapter.start or "") / KEPT
+    given = d.template or (
+        str(parent) if config.adapter.start and parent.is_file() else None
+    )  # a parent brings its own
+    chat = template(given) if given else None
     rows, held_out = read_rows(_sources(d, d.train)), None
     if isinstance(d.eval, float):
-        rows, held_out = split(rows, d.eval)
+        unwanted = [row for row in rows.rows if row.good is False]  # counted, but not drawn for either side
+        rows, held_out = split(dataclasses.replace(rows, rows=[r for r in rows.rows if r.good is not False]), d.eval)
+        rows = dataclasses.replace(rows, rows=rows.rows + unwanted)
     elif d.eval:
         held_out = read_rows(_sources(d, d.eval))
     tokenizer, limit = load_tokenizer(config.model)
@@ -59,9 +76,12 @@ def prepare(config: Config) -> Prepared:
     )
     encoded, report = encode_rows(rows, tokenizer, policy, objective=config.train.objective, pairs=d.pairs)
     evaluated: list[Encoded] = []
+    held_report = None
     if held_out is not None:
-        evaluated, _ = encode_rows(held_out, tokenizer, policy, objective=config.train.objective, pairs=d.pairs)
-    return Prepared(tokenizer, encoded, report, evaluated, held_out, policy)
+        evaluated, held_report = encode_rows(
+            held_out, tokenizer, policy, objective=config.train.objective, pairs=d.pairs
+        )
+    return Prepared(tokenizer, encoded, report, evaluated, held_out, held_report, policy, chat is not None)
 
 
 def _sources(data: DataConfig, given: str | Source | tuple[str | Source, ...]) -> list[Source]:

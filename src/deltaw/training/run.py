@@ -24,8 +24,7 @@ from deltaw.core.errors import TrainError, UseError
 from deltaw.core.files import write_text
 from deltaw.core.plan import TargetPlan
 from deltaw.data.collate import Collator
-from deltaw.data.encode import Encoded
-from deltaw.data.template import keep_template
+from deltaw.data.template import kept_template
 from deltaw.formats import directory
 from deltaw.infer.evaluate import generate_samples
 from deltaw.infer.metrics import metrics
@@ -36,7 +35,7 @@ from deltaw.runs.directory import RunDirectory
 from deltaw.runs.report import html_report
 from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, peak_memory
 from deltaw.training.facts import described, environment, facts, reporters, unchanged
-from deltaw.training.optimizer import groups
+from deltaw.training.optimizer import build, groups
 from deltaw.training.prepare import Prepared, prepare
 from deltaw.training.trainer import NAME, AdapterTrainer
 
@@ -126,14 +125,16 @@ def _bare(base: Base, checkpointing: bool) -> None:
 def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bool, resume: bool, began: float) -> Run:
     steps, every = _steps(config, len(data.encoded))
     set_seed(config.train.seed)
-    plan, parents = _attach(config, base)
-    known = facts(config, base, data, plan, steps)
+    checkpoint = run.last_checkpoint() if resume else None
+    plan, parents = _attach(config, base, run, checkpoint)
+    known = {**facts(config, base, data, plan, steps), "parents": parents}
     lengths = [len(row.ids) for row in data.encoded]
     packing = use_packing(config.data.packing, base.model, lengths, config.train.batch_size)
     if resume:
         unchanged(run.plan(), known)
     else:  # not before: what cannot be attached leaves no run behind
-        groups(base.model, NAME, config.train)
+        build(groups(base.model, NAME, config.train), config.train)
+        metrics(config.train.metrics)
         run.create(config.to_dict(), deltaw.__version__)
     run.write_plan(known)
     progress, stop = ProgressBar(quiet), CleanStop()
@@ -145,11 +146,13 @@ def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bo
         [Events(run), GradientCheck(run, NAME), stop, progress], _scorer(config, base, data, run),
     )  # fmt: skip
     run.log("resume" if resume else "start", steps=steps, trainable=plan.trainable, environment=environment())
-    checkpoint = str(run.last_checkpoint()) if resume else None
     try:
         if data.held_out and not resume:
             trainer.evaluate()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is not None and _was_over(run, checkpoint, steps):
+            trainer.take(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except BaseException:
         run.withdraw()
         raise
@@ -157,26 +160,31 @@ def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bo
         stop.release()
         progress.release()
     reached = trainer.state.global_step
-    if stop.interrupted:
+    if stop.interrupted and reached < steps:
         run.log("interrupted", step=reached)
         raise TrainError(f"interrupted at step {reached} of {steps}; continue with: deltaw train --resume {run.path}")
-    trainer.take_best()
     base.model.eval()
-    losses = _losses(run, trainer, data.held_out)
+    losses = _losses(run, trainer)
     measured = {
         "losses": losses,
         "steps": reached,
         "seconds": round(time.monotonic() - began, 1),
         "peak_memory": peak_memory(),
     }
-    directory.write(described(config, base, extract(base.model, NAME), measured, parents), run.adapter)
-    keep_template(base.tokenizer, config.data.template, run.adapter)
+    state = described(config, base, extract(base.model, NAME), measured, parents)
+    directory.write(state, run.adapter, beside=kept_template(base.tokenizer) if data.own_template else {})
     run.log("end", **measured)
     write_text(run.path / "report.html", html_report(run))
     return Run(run.path, run.adapter, plan, reached, measured["seconds"], losses)
 
 
-def _attach(config: Config, base: Base) -> tuple[TargetPlan, list[str]]:
+def _was_over(run: RunDirectory, checkpoint: Path, steps: int) -> bool:
+    """Had the run made its last step, or stopped early, when it was cut off?"""
+    step = int(checkpoint.name.removeprefix("step-"))
+    return step >= steps or any(event["step"] == step for event in run.events("stopped"))
+
+
+def _attach(config: Config, base: Base, run: RunDirectory, checkpoint: Path | None) -> tuple[TargetPlan, list[str]]:
     """Fresh adapters, or those of the adapter that the run goes on from; and the digests of its parents."""
     chosen = config.adapter
     if chosen.start is None:
@@ -184,9 +192,12 @@ def _attach(config: Config, base: Base) -> tuple[TargetPlan, list[str]]:
             base.model, chosen.method, targets=chosen.targets, exclude=chosen.exclude, layers=chosen.layers, name=NAME
         )
         return plan, []
-    load(base.model, chosen.start, name=NAME)
+    load(
+        base.model, chosen.start if checkpoint is None else checkpoint / "adapter", name=NAME
+    )  # the parent may be gone
     trainable(base.model, NAME)
-    return plan_of(base.model, NAME), [directory.open_directory(chosen.start).digest]
+    parents = [directory.open_directory(chosen.start).digest] if checkpoint is None else run.plan().get("parents", [])
+    return plan_of(base.model, NAME), parents
 
 
 def _scorer(config: Config, base: Base, data: Prepared, run: RunDirectory) -> Callable[[], Mapping[str, float]] | None:
@@ -210,7 +221,7 @@ def _scorer(config: Config, base: Base, data: Prepared, run: RunDirectory) -> Ca
 def _announce(progress: ProgressBar, base: Base, data: Prepared, plan: TargetPlan) -> None:
     size = f"{len(plan)} adapters, {plan.trainable:,} trainable of {plan.base_parameters:,}"
     progress.console.print(f"[bold]{base.name}[/]  {size}", highlight=False)
-    progress.console.print(f"{data.report}\nheld out {len(data.held_out):,} rows", highlight=False)
+    progress.console.print(f"{data.report}\n{data.held_out_said}", highlight=False)
     progress.console.print(data.shown(), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -223,10 +234,9 @@ def _steps(config: Config, rows: int) -> tuple[int, int]:
     return steps, every
 
 
-def _losses(run: RunDirectory, trainer: AdapterTrainer, evaluated: list[Encoded]) -> dict[str, float]:
+def _losses(run: RunDirectory, trainer: AdapterTrainer) -> dict[str, float]:
     first = [event["loss"] for event in run.events("eval") if event["step"] == 0]
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = ({"base": first[0]} if first else {}) | ({"train": logged[-1]} if logged else {})
-    if evaluated:
-        result["held_out"] = trainer.evaluate()["eval_loss"]
-    return result
+    held_out = trainer.finish()
+    return result if held_out is None else {**result, "held_out": held_out}

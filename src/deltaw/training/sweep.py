@@ -5,6 +5,7 @@
 Cells are ordinary runs in folders below the output. A finished cell is read, an interrupted one goes on.
 """
 
+import hashlib
 import itertools
 import math
 import statistics
@@ -15,7 +16,7 @@ from typing import Any
 
 from deltaw.config import parse
 from deltaw.config.schema import Config
-from deltaw.core.errors import ConfigError
+from deltaw.core.errors import ConfigError, DeltawError, TrainError, faults
 from deltaw.runs.directory import RunDirectory
 from deltaw.runs.summary import summarise
 from deltaw.training.run import Shelf, resume, train
@@ -37,11 +38,25 @@ class Ranked:
         return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """The combinations, best first; and the cells that failed: {folder: why}."""
+
+    ranking: list[Ranked]
+    failed: Mapping[str, str]
+
+
+LOSSES = ("held_out", "train", "base")
+
+
 def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Every combination of the values, the last axis fastest."""
-    empty = [key for key, values in axes.items() if not values]
-    if empty:
-        raise ConfigError(f"the sweep gives no value for {empty[0]}")
+    found = [f"no value for {key}" for key, values in axes.items() if not values]
+    found += [
+        f"{key} is the sweep's own: --seeds and output give it" for key in ("train.seed", "output") if key in axes
+    ]
+    if found:
+        raise faults(ConfigError, "sweep", found)
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
@@ -51,7 +66,7 @@ def sweep(
     seeds: int = 1,
     measure: str = "held_out",
     quiet: bool = False,
-) -> list[Ranked]:
+) -> Sweep:
     """Train every cell that is not finished, and rank the combinations by `measure`: held_out (loss) or a metric's name.
 
     record: a configuration as plain data. All cells are validated before the first one is trained.
@@ -64,25 +79,50 @@ def sweep(
             folder = output / "_".join([*(_slug(k, v) for k, v in settings.items()), f"seed-{seed}"])
             whole = parse.override(dict(record), [*overrides, f"train.seed={seed}"])
             cells.append((settings, parse.parse({**whole, "output": str(folder)})))
+    scores = {name for _, config in cells for name in config.train.metrics if config.train.generate}
+    if measure not in LOSSES and measure not in scores:
+        raise ConfigError(
+            f"the runs will not measure {measure!r}: held_out, or with train.generate one of train.metrics"
+        )
     if any(config.data.eval is None for _, config in cells):
         raise ConfigError("a sweep goes by held-out rows: set data.eval")
-    shelf, found = Shelf(), {}
+    _fresh(cells)
+    shelf, found, failed = Shelf(), {}, {}
     for settings, config in cells:
-        run = RunDirectory(config.output)
-        if not run.adapter.exists():
-            if run.steps():
-                resume(run.path, quiet=quiet, shelf=shelf)
-            else:
-                run.remove_unfinished()
-                train(config, quiet=quiet, shelf=shelf)
-        summary = summarise(run)
-        values = {**summary.losses, **summary.scores}
-        if measure not in values:
-            raise ConfigError(f"the runs measured no {measure!r}, they have {', '.join(values)}")
-        found.setdefault(_text(settings), (settings, []))[1].append(values[measure])
-    lower = measure in ("held_out", "train", "base")
+        try:
+            value = _cell(config, measure, quiet, shelf)
+        except DeltawError as error:  # the other cells still say something
+            failed[config.output] = str(error)
+            continue
+        found.setdefault(_text(settings), (settings, []))[1].append(value)
+    if not found:
+        raise faults(TrainError, "no cell of the sweep came to its end", [f"{k}: {v}" for k, v in failed.items()])
     ranked = [Ranked(settings, tuple(values)) for settings, values in found.values()]
-    return sorted(ranked, key=lambda r: r.mean if lower else -r.mean)
+    return Sweep(sorted(ranked, key=lambda r: r.mean if measure in LOSSES else -r.mean), failed)
+
+
+def _cell(config: Config, measure: str, quiet: bool, shelf: Shelf) -> float:
+    run = RunDirectory(config.output)
+    if not run.adapter.exists():
+        if run.steps():
+            resume(run.path, quiet=quiet, shelf=shelf)
+        else:
+            run.remove_unfinished()
+            train(config, quiet=quiet, shelf=shelf)
+    summary = summarise(run)
+    return {**summary.losses, **summary.scores}[measure]
+
+
+def _fresh(cells: Sequence[tuple[Mapping[str, Any], Config]]) -> None:
+    """Every cell has a folder of its own, and what stands there already is of the same configuration."""
+    folders = [config.output for _, config in cells]
+    twice = next((folder for number, folder in enumerate(folders) if folder in folders[:number]), None)
+    if twice:
+        raise ConfigError(f"the sweep gives two cells the folder {twice}: give each value once")
+    for _, config in cells:
+        run = RunDirectory(config.output)
+        if (run.path / "config.yaml").exists() and parse.parse(run.config()) != config:
+            raise ConfigError(f"{run.path} holds a run of another configuration: give the sweep another output")
 
 
 def table(ranked: Sequence[Ranked]) -> str:
@@ -112,5 +152,7 @@ def _text(value: Any) -> str:
 
 
 def _slug(key: str, value: Any) -> str:
-    kept = "".join(c if c.isalnum() or c in ".-" else "-" for c in _text(value))
-    return f"{key.rpartition('.')[2]}-{kept}"[:60]
+    text = _text(value)
+    kept = "".join(c if c.isalnum() or c in ".-+" else "-" for c in text)[:40]
+    short = f"{key.rpartition('.')[2]}-{kept}"
+    return short if kept == text else f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from deltaw.config.schema import TrainConfig
@@ -27,6 +27,21 @@ from deltaw.runs.directory import RunDirectory
 from deltaw.training.optimizer import build, groups
 
 NAME = "default"  # of the adapter in training, inside the model
+
+
+class _Grouped(LengthGroupedSampler):
+    """Rows of like lengths together, in an order that depends on seed and epoch only: a resumed run sees the same."""
+
+    def __init__(self, batch: int, lengths: list[int], seed: int):
+        super().__init__(batch, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        self.generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return super().__iter__()
 
 
 class AdapterTrainer(Trainer):
@@ -45,6 +60,7 @@ class AdapterTrainer(Trainer):
     ):
         self.run, self.config, self.held_out, self.sft = run, config, held_out, SFTLoss(model)
         self.every, self.score = every, score
+        self.last_eval: tuple[int, float] | None = None
         optimizer = build(groups(model, NAME, config), config)
         scheduler = get_scheduler(
             "constant_with_warmup" if config.schedule == "constant" else config.schedule,
@@ -63,6 +79,9 @@ class AdapterTrainer(Trainer):
             optimizers=(optimizer, scheduler),
             callbacks=list(callbacks),
         )
+        for callback in self.callback_handler.callbacks:
+            if type(callback).__name__ == "TensorBoardCallback":
+                callback.logging_dir = str(run.path / "tensorboard")  # else the first evaluation writes beside the run
         self.remove_callback(PrinterCallback)  # it writes to stdout, which belongs to results
         self.model_accepts_loss_kwargs = True  # our loss is normalised by the tokens of the whole accumulation
 
@@ -80,7 +99,7 @@ class AdapterTrainer(Trainer):
         if not self.config.group_by_length:
             return super()._get_train_sampler(train_dataset)
         lengths = [len(row.ids) for row in self.train_dataset]
-        return LengthGroupedSampler(self.config.batch_size * self.config.gradient_accumulation, lengths=lengths)
+        return _Grouped(self.config.batch_size * self.config.gradient_accumulation, lengths, self.config.seed)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         size = self.config.batch_size
@@ -89,6 +108,7 @@ class AdapterTrainer(Trainer):
         self.log(metrics)
         if self.score is not None:
             self.run.log("scores", step=self.state.global_step, **self.score())
+        self.last_eval = (self.state.global_step, metrics["eval_loss"])
         if self.state.global_step > 0:
             self._compare(metrics["eval_loss"])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -103,15 +123,30 @@ class AdapterTrainer(Trainer):
                 directory.write(extract(self.model, NAME), self.run.best)
         elif (
             config.early_stopping
+            and not self.control.should_training_stop
             and state.global_step - (state.best_global_step or 0) >= config.early_stopping * self.every
         ):
             self.run.log("stopped", step=state.global_step, best=state.best_global_step, loss=state.best_metric)
             self.control.should_training_stop = True
 
-    def take_best(self) -> None:
-        """Put the tensors of the best evaluation back."""
-        if self.config.best and self.state.best_global_step not in (None, self.state.global_step):
-            self._put(self.run.best)
+    def finish(self) -> float | None:
+        """Held-out loss of the finished adapter, which is that of the best evaluation where the configuration asks for it."""
+        if not self.held_out:
+            return None
+        step = self.state.global_step
+        self.control.should_training_stop = True
+        if self.last_eval is None or self.last_eval[0] != step:
+            self.evaluate()
+        assert self.last_eval is not None
+        if not self.config.best or self.state.best_global_step in (None, step):
+            return self.last_eval[1]
+        self._put(self.run.best)
+        return self.state.best_metric
+
+    def take(self, checkpoint: Path) -> None:
+        """The state of a run that had come to its end, without another step."""
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self._load_from_checkpoint(str(checkpoint))
 
     def _put(self, folder: Path) -> None:
         state, _ = directory.read(folder)
