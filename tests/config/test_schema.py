@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.config import describe, parse, schema
+from deltaw.core import method
 from deltaw.core.errors import ConfigError
 
 MINIMAL = {"model": "tiny", "data": {"train": "rows.jsonl"}}
@@ -104,6 +105,22 @@ def test_json_schema_lists_every_field_with_a_sentence() -> None:
             fields = {k: v for k, v in alternative["properties"].items() if k != "method"}
             assert all(field["description"] for field in fields.values()), alternative["title"]
     assert {alternative["title"] for alternative in described["properties"]["adapter"]["oneOf"]} >= {"lora", "dora"}
+
+
+def test_a_method_written_at_a_prompt_is_described_without_sentences() -> None:
+    code = """
+from dataclasses import dataclass
+from deltaw.core.method import Method, register
+
+@register("at_a_prompt")
+@dataclass(frozen=True, kw_only=True)
+class AtAPrompt(Method):
+    size: int = 1
+"""
+    exec(compile(code, "<prompt>", "exec"), {"__name__": "prompt"})
+    titles = [alternative["title"] for alternative in describe.json_schema()["properties"]["adapter"]["oneOf"]]
+    method._METHODS.pop("at_a_prompt")
+    assert "at_a_prompt" in titles
 
 
 def test_option_list_is_frozen() -> None:

@@ -56,7 +56,11 @@ def sentences(cls: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, inherited fields included."""
     found: dict[str, str] = {}
     for base in reversed([b for b in cls.__mro__ if dataclasses.is_dataclass(b)]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        try:
+            source = inspect.getsource(base)
+        except (OSError, TypeError):  # a method written at a prompt has no file to read its sentences from
+            continue
+        body = ast.parse(textwrap.dedent(source)).body[0]
         assert isinstance(body, ast.ClassDef)
         for field, after in zip(body.body, body.body[1:], strict=False):
             said = after.value if isinstance(after, ast.Expr) else None
