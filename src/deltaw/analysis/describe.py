@@ -5,6 +5,7 @@ from typing import Any
 
 from deltaw.analysis.norms import norms
 from deltaw.core.state import AdapterState
+from deltaw.core.text import columns
 
 COLUMNS = ("module", "method", "rank", "alpha", "scale", "count", "parameters", "norm of change")
 
@@ -36,8 +37,7 @@ def table(records: list[dict[str, Any]]) -> str:
         known = [record["norm"] for record in group if record["norm"] is not None]
         span = f"{min(known):.3g} … {max(known):.3g}" if known else "depends on the base"
         rows.append((*key, str(len(group)), f"{sum(record['parameters'] for record in group):,}", span))  # type: ignore[arg-type]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return columns(rows)
 
 
 def _number(value: float | int | None) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Site
+from deltaw.core.text import columns
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,7 @@ class TargetPlan:
             rows.setdefault(key, []).append(t.trainable)
         table: list[tuple[str, ...]] = [("module", "layer", "shape", "method", "rank", "count", "trainable")]
         table += [(*key, str(len(counts)), f"{sum(counts):,}") for key, counts in rows.items()]
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
+        lines = [columns(table)]
         share = 100 * self.trainable / self.base_parameters if self.base_parameters else 0.0
         trainable = f"{self.trainable:,} trainable, {share:.4g} % of the base's {self.base_parameters:,}"
         lines.append(f"{len(self.targets)} adapters, {trainable}")

@@ -18,7 +18,7 @@ from deltaw.data.encode import IGNORE, Encoded, Policy, encode
 from deltaw.data.rows import Rows
 from deltaw.infer.generate import answer_all
 from deltaw.infer.loss import SFTLoss, mean_loss
-from deltaw.infer.metrics import metrics
+from deltaw.infer.metrics import Metric, metrics
 
 Score = Callable[[str, str], float]
 """(answer, reference) → a number in [0, 1]."""
@@ -98,12 +98,17 @@ def evaluate(
     samples = generate_samples(model, tokenizer, rows.rows[:generations], policy, max_new_tokens, batch_size)
     if not samples:
         return Evaluation(len(encoded), loss, dropped=report.dropped)
-    answers, references = [s.answer for s in samples], [s.references for s in samples]
-    found = {name: measure(answers, references) for name, measure in chosen.items()}
+    found = measured(samples, chosen)
     for name, score in (scores or {}).items():
-        best = [max(score(answer, text) for text in texts) for answer, texts in zip(answers, references, strict=True)]
+        best = [max(score(sample.answer, text) for text in sample.references) for sample in samples]
         found[name] = sum(best) / len(best)
     return Evaluation(len(encoded), loss, found, samples, report.dropped)
+
+
+def measured(samples: Sequence[Sample], chosen: Mapping[str, Metric]) -> dict[str, float]:
+    """Metrics of generated answers; none where there is no answer."""
+    answers, references = [s.answer for s in samples], [s.references for s in samples]
+    return {name: measure(answers, references) for name, measure in chosen.items()} if samples else {}
 
 
 def held_out_loss(model: nn.Module, tokenizer: Any, encoded: Sequence[Encoded], batch_size: int = 32) -> float:

@@ -42,6 +42,8 @@ class LoadReport:
     """What the files call the base."""
     change: float = 0.0
     """‖ΔW‖ over all low-rank sites; 0 where there are none."""
+    digest: str = ""
+    """Of the tensors in the folder."""
     left_out: tuple[str, ...] = ()
     """With strict=False: what did not fit, and why."""
 
@@ -116,7 +118,15 @@ def load(
     insert(model, state, name=name)
     change = sum(norm**2 for norm in norms(state).values() if norm is not None) ** 0.5
     return LoadReport(
-        name, len(state.methods), state.parameters, answer, tuple(notes), stored.base_name, change, tuple(left)
+        name,
+        len(state.methods),
+        state.parameters,
+        answer,
+        tuple(notes),
+        stored.base_name,
+        change,
+        stored.digest,
+        tuple(left),
     )
 
 

@@ -103,9 +103,11 @@ class RunDirectory:
         """Append one event, with the time in seconds since 1970."""
         line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}, ensure_ascii=False)
         with (self.path / EVENTS).open("ab+") as file:
-            size = file.seek(0, 2)
-            cut = size > 0 and (file.seek(-1, 2) or True) and file.read(1) != b"\n"  # a crash cut the last line short
-            file.write((b"\n" if cut else b"") + line.encode() + b"\n")
+            if file.seek(0, 2) > 0:
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":  # a crash cut the last line short
+                    file.write(b"\n")
+            file.write(line.encode() + b"\n")
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
         """Events in order, all or those of one kind. A line that a crash cut short is left out."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.core.errors import DeltawError
+from deltaw.core.text import columns
 from deltaw.runs.directory import CONFIG, RunDirectory
 
 
@@ -83,8 +84,7 @@ def table(summaries: Sequence[Summary]) -> str:
         ]
         cells += [_number(s.scores.get(name)) for name in scores] + [f"{s.trainable:,}", f"{s.seconds:.0f}"]
         rows.append(cells + [str(s.settings.get(key)) for key in apart])
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return columns(rows)
 
 
 def _number(value: float | None) -> str:

@@ -26,7 +26,7 @@ from deltaw.core.plan import TargetPlan
 from deltaw.data.collate import Collator
 from deltaw.data.template import kept_template
 from deltaw.formats import directory
-from deltaw.infer.evaluate import generate_samples
+from deltaw.infer.evaluate import generate_samples, measured
 from deltaw.infer.metrics import metrics
 from deltaw.infer.packing import use_packing
 from deltaw.models.adapters import load
@@ -130,11 +130,11 @@ def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bo
     known = {**facts(config, base, data, plan, steps), "parents": parents}
     lengths = [len(row.ids) for row in data.encoded]
     packing = use_packing(config.data.packing, base.model, lengths, config.train.batch_size)
+    score = _scorer(config, base, data, run)
     if resume:
         unchanged(run.plan(), known)
     else:  # not before: what cannot be attached leaves no run behind
         build(groups(base.model, NAME, config.train), config.train)
-        metrics(config.train.metrics)
         run.create(config.to_dict(), deltaw.__version__)
     run.write_plan(known)
     progress, stop = ProgressBar(quiet), CleanStop()
@@ -143,7 +143,7 @@ def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bo
     trainer = AdapterTrainer(
         base.model, run, config.train, steps, every, data.encoded, data.held_out,
         Collator(base.tokenizer, packing=packing),
-        [Events(run), GradientCheck(run, NAME), stop, progress], _scorer(config, base, data, run),
+        [Events(run), GradientCheck(run, NAME), stop, progress], score,
     )  # fmt: skip
     run.log("resume" if resume else "start", steps=steps, trainable=plan.trainable, environment=environment())
     try:
@@ -165,17 +165,17 @@ def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bo
         raise TrainError(f"interrupted at step {reached} of {steps}; continue with: deltaw train --resume {run.path}")
     base.model.eval()
     losses = _losses(run, trainer)
-    measured = {
+    outcome = {
         "losses": losses,
         "steps": reached,
         "seconds": round(time.monotonic() - began, 1),
         "peak_memory": peak_memory(),
     }
-    state = described(config, base, extract(base.model, NAME), measured, parents)
+    state = described(config, base, extract(base.model, NAME), outcome, parents)
     directory.write(state, run.adapter, beside=kept_template(base.tokenizer) if data.own_template else {})
-    run.log("end", **measured)
+    run.log("end", **outcome)
     write_text(run.path / "report.html", html_report(run))
-    return Run(run.path, run.adapter, plan, reached, measured["seconds"], losses)
+    return Run(run.path, run.adapter, plan, reached, outcome["seconds"], losses)
 
 
 def _was_over(run: RunDirectory, checkpoint: Path, steps: int) -> bool:
@@ -192,28 +192,27 @@ def _attach(config: Config, base: Base, run: RunDirectory, checkpoint: Path | No
             base.model, chosen.method, targets=chosen.targets, exclude=chosen.exclude, layers=chosen.layers, name=NAME
         )
         return plan, []
-    load(
+    report = load(
         base.model, chosen.start if checkpoint is None else checkpoint / "adapter", name=NAME
     )  # the parent may be gone
     trainable(base.model, NAME)
-    parents = [directory.open_directory(chosen.start).digest] if checkpoint is None else run.plan().get("parents", [])
+    parents = [report.digest] if checkpoint is None else run.plan().get("parents", [])
     return plan_of(base.model, NAME), parents
 
 
 def _scorer(config: Config, base: Base, data: Prepared, run: RunDirectory) -> Callable[[], Mapping[str, float]] | None:
     """Answers to some held-out rows and their metrics, with the answers kept; None where none are wanted."""
     rows, t = data.held_out_rows, config.train
+    chosen = metrics(t.metrics)
     if not t.generate or rows is None:
         return None
-    chosen = metrics(t.metrics)
 
     def score() -> dict[str, float]:
         samples = generate_samples(
             base.model, base.tokenizer, rows.rows[: t.generate], data.policy, batch_size=t.batch_size
         )
         run.write_samples([dataclasses.asdict(sample) for sample in samples])
-        answers, references = [s.answer for s in samples], [s.references for s in samples]
-        return {name: measure(answers, references) for name, measure in chosen.items()} if samples else {}
+        return measured(samples, chosen)
 
     return score
 

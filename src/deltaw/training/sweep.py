@@ -17,6 +17,7 @@ from typing import Any
 from deltaw.config import parse
 from deltaw.config.schema import Config
 from deltaw.core.errors import ConfigError, DeltawError, TrainError, faults
+from deltaw.core.text import columns
 from deltaw.runs.directory import RunDirectory
 from deltaw.runs.summary import summarise
 from deltaw.training.run import Shelf, resume, train
@@ -75,7 +76,7 @@ def sweep(
     cells: list[tuple[dict[str, Any], Config]] = []
     for settings in combinations(axes):
         for seed in range(seeds):
-            overrides = [f"{key}={_text(value)}" for key, value in settings.items()]
+            overrides = [f"{key}={parse.dump(value)}" for key, value in settings.items()]
             folder = output / "_".join([*(_slug(k, v) for k, v in settings.items()), f"seed-{seed}"])
             whole = parse.override(dict(record), [*overrides, f"train.seed={seed}"])
             cells.append((settings, parse.parse({**whole, "output": str(folder)})))
@@ -94,7 +95,7 @@ def sweep(
         except DeltawError as error:  # the other cells still say something
             failed[config.output] = str(error)
             continue
-        found.setdefault(_text(settings), (settings, []))[1].append(value)
+        found.setdefault(parse.dump(settings), (settings, []))[1].append(value)
     if not found:
         raise faults(TrainError, "no cell of the sweep came to its end", [f"{k}: {v}" for k, v in failed.items()])
     ranked = [Ranked(settings, tuple(values)) for settings, values in found.values()]
@@ -143,16 +144,11 @@ def table(ranked: Sequence[Ranked]) -> str:
                 "as good as the first" if near else "",
             ]
         )
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _text(value: Any) -> str:
-    return parse.dump(value)
+    return columns(rows)
 
 
 def _slug(key: str, value: Any) -> str:
-    text = _text(value)
+    text = parse.dump(value)
     kept = "".join(c if c.isalnum() or c in ".-+" else "-" for c in text)[:40]
     short = f"{key.rpartition('.')[2]}-{kept}"
     return short if kept == text else f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"

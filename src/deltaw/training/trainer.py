@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, get_scheduler
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from deltaw.config.schema import TrainConfig
@@ -80,7 +81,7 @@ class AdapterTrainer(Trainer):
             callbacks=list(callbacks),
         )
         for callback in self.callback_handler.callbacks:
-            if type(callback).__name__ == "TensorBoardCallback":
+            if isinstance(callback, TensorBoardCallback):
                 callback.logging_dir = str(run.path / "tensorboard")  # else the first evaluation writes beside the run
         self.remove_callback(PrinterCallback)  # it writes to stdout, which belongs to results
         self.model_accepts_loss_kwargs = True  # our loss is normalised by the tokens of the whole accumulation
