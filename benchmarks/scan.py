@@ -3,7 +3,8 @@
     python -m benchmarks scan [--steps 1500] [--seeds 3] [--work build/scan]
 
 The learning rate is chosen on seed 0 from three values per side, then both sides run on all seeds. LoRA is `deltaw train`
-itself, with its sweep; full fine-tuning is a bare loop over the same rows, loss and schedule. Resumable cell by cell.
+itself on the base in bf16, with its sweep; full fine-tuning is a bare loop over the same rows, loss and schedule, with
+fp32 weights and bf16 arithmetic. Both are scored in fp32. Resumable cell by cell.
 """
 
 import json
@@ -29,7 +30,7 @@ from deltaw.models.adapters import load
 from deltaw.training.sweep import sweep
 
 PATTERN = "IN: (?P<prompt>.*) OUT: (?P<completion>.*)"
-RATES = {"lora": [1e-3, 3e-3, 6e-3], "full": [3e-4, 1e-3, 2e-3]}
+RATES = {"lora": [3e-3, 6e-3, 1e-3], "full": [3e-4, 1e-3, 2e-3]}
 BATCH = 16
 
 
@@ -43,7 +44,7 @@ def lora(shared: Path, work: Path, steps: int, rates: list[float], seeds: int) -
     source = {"path": str(shared / "data/scan/simple_split/tasks_train_simple.txt"), "pattern": PATTERN}
     record = {
         "model": "tiny", "data": {"train": source, "eval": 0.01}, "adapter": {"rank": 16, "alpha": 32},
-        "train": {"max_steps": steps, "batch_size": BATCH, "dtype": "fp32", "eval_every": steps, "save_every": 250},
+        "train": {"max_steps": steps, "batch_size": BATCH, "dtype": "bf16", "eval_every": steps, "save_every": 250},
         "output": str(work / "lora"),
     }  # fmt: skip
     return sweep(record, {"train.learning_rate": rates}, seeds).ranking
@@ -58,12 +59,14 @@ def full(shared: Path, work: Path, steps: int, rate: float, seed: int) -> Path:
     rows = read_rows(Source(path=str(shared / "data/scan/simple_split/tasks_train_simple.txt"), pattern=PATTERN))
     encoded, _ = encode_rows(rows, base.tokenizer, Policy(base.max_length))
     torch.manual_seed(seed)
-    model, loss, collate = base.model.train().requires_grad_(True), SFTLoss(base.model), Collator(base.tokenizer)
+    model, loss = base.model.train().requires_grad_(True), SFTLoss(base.model)
+    collate = Collator(base.tokenizer, packing=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     schedule = get_scheduler("cosine", optimizer, int(0.03 * steps), steps)
     order = random.Random(seed)
     for step in range(steps):
-        total, count = loss(collate(order.sample(encoded, BATCH)))
+        with torch.autocast("cpu", torch.bfloat16):
+            total, count = loss(collate(order.sample(encoded, BATCH)))
         (total / count).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
