@@ -1,7 +1,7 @@
 """What carries what: every registered method on every host, written out. True, or words of the refusal."""
 
 NO_WEIGHT = "none of which can carry"
-NO_ROWS = "token rows belong to an embedding"
+NO_ROWS = "token rows belong to an embedding or a head"
 
 MATRIX: dict[str, dict[str, bool | str]] = {
     "dora": {
@@ -50,11 +50,11 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "layernorm": NO_WEIGHT,
     },
     "token_rows": {
-        "linear": NO_ROWS,
-        "linear-no-bias": NO_ROWS,
-        "linear-one-output": NO_ROWS,
-        "linear-fused-qkv": NO_ROWS,
-        "conv1d-of-gpt2": NO_ROWS,
+        "linear": True,
+        "linear-no-bias": True,
+        "linear-one-output": True,
+        "linear-fused-qkv": True,
+        "conv1d-of-gpt2": True,
         "embedding": True,
         "conv1d": NO_ROWS,
         "conv2d": NO_ROWS,
@@ -70,5 +70,5 @@ COUNT = {  # trainable parameters at one weight [m, n, *kernel] with rank r; `ex
     "dora": lambda m, n, kernel, r, extra: r * (n * kernel + m) + m,
     "full": lambda m, n, kernel, r, extra: m * n * kernel + extra,
     "lora": lambda m, n, kernel, r, extra: r * (n * kernel + m),
-    "token_rows": lambda m, n, kernel, r, extra: r * m,  # r rows of m numbers
+    "token_rows": lambda m, n, kernel, r, extra: r * n,  # r rows of n numbers
 }

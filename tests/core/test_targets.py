@@ -276,10 +276,11 @@ def test_biases_and_whole_modules_are_companions() -> None:
         plan(model, LoRA(rank=2, modules_to_save=("clasifier",)), "query")
 
 
-def test_token_rows_stay_inside_the_vocabulary() -> None:
+def test_token_rows_leave_no_gap_after_the_vocabulary() -> None:
     assert plan(tiny.model("llama"), TokenRows(tokens=(3, 63)), "embed_tokens").trainable == 2 * 32
-    with pytest.raises(TargetError, match=r"tokens \[64\] are outside the vocabulary of 64"):
-        plan(tiny.model("llama"), TokenRows(tokens=(3, 64)), "embed_tokens")
+    assert plan(tiny.model("llama"), TokenRows(tokens=(3, 65, 64)), "embed_tokens").trainable == 3 * 32  # two new ones
+    with pytest.raises(TargetError, match=r"tokens \[65\] are outside the vocabulary of 64, new ones would be 64"):
+        plan(tiny.model("llama"), TokenRows(tokens=(3, 65)), "embed_tokens")
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,14 @@ Dtype = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
 
 def load_all(
     model: str | None, adapters: list[str], dtype: str, mismatch: bool, pickle: bool
-) -> tuple[Any, dict[str, float]]:
-    """The base with every adapter loaded, none of them live yet, and the route that makes them live."""
+) -> tuple[Any, dict[str, float], Any]:
+    """The base with every adapter loaded, none of them live yet; the route that makes them live; and the tokenizer of
+    the base alone, without the tokens that adapters bring."""
+    import copy
+
     from deltaw.core.errors import UseError
     from deltaw.core.route import use
-    from deltaw.data.template import use_kept_template
+    from deltaw.data.kept import use_kept
     from deltaw.models.adapters import load
     from deltaw.models.base import base_of_adapter, load_base
 
@@ -35,13 +38,14 @@ def load_all(
     if model is None and not folders:
         raise UseError("give a base with --model, or an adapter with --adapter that names one")
     base = load_base(model or base_of_adapter(Path(folders[0][0])), dtype=dtype)
-    route = {}
+    route, own = {}, copy.deepcopy(base.tokenizer)
     for number, (folder, strength) in enumerate(folders):
         load(base.model, folder, name=f"adapter{number}", allow_base_mismatch=mismatch, allow_pickle=pickle)
         route[f"adapter{number}"] = strength
-        use_kept_template(base.tokenizer, Path(folder))
+        use_kept(base.tokenizer, Path(folder))
     use(base.model, {})
-    return base, route
+    own.chat_template = base.tokenizer.chat_template
+    return base, route, own
 
 
 def with_strength(text: str) -> tuple[str, float]:

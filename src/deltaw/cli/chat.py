@@ -28,7 +28,7 @@ def chat(
     from deltaw.infer.generate import generate as answer
 
     check_sampling(max_new_tokens, temperature, 1.0)
-    base, route = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle)
+    base, route, _ = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle)
     live, messages = route, []
     print(f"{base.name} with {', '.join(adapter or []) or 'no adapter'}. {COMMANDS}", file=sys.stderr)
     while True:

@@ -37,14 +37,14 @@ def evaluate(
     from deltaw.core.route import use
     from deltaw.infer import evaluate as infer
 
-    base, route = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle)
+    base, route, own = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle)
     result: dict[str, Any] = {"model": base.name, "rows": len(rows.rows)}
     for name, live in {"base": {}, "tuned": route}.items():
         if name == "base" or route:
             with use(base.model, live):
                 found = infer.evaluate(
                     base.model,
-                    base.tokenizer,
+                    own if name == "base" else base.tokenizer,
                     rows,
                     max_length=base.max_length,
                     generations=generations,

@@ -36,7 +36,7 @@ def generate(
     from deltaw.infer.generate import generate as answer
 
     check_sampling(max_new_tokens, temperature, top_p)
-    base, route = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle)
+    base, route, _ = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle)
     with use(base.model, route):
         answers = answer(
             base.model,

@@ -7,6 +7,7 @@ import dataclasses
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,10 @@ def _impossible(config: Config) -> list[str]:
         "adapter.from": config.adapter.start,
     }
     found += [f"{name} is empty" for name, value in empty.items() if value in ("", ())]
+    found += [f"data.tokens: {t!r} is no token" for t in config.data.tokens if not t.strip()]
+    found += [f"data.tokens names {t!r} twice" for t, n in Counter(config.data.tokens).items() if n > 1]
+    if config.data.tokens and config.adapter.start:
+        found.append("adapter.from brings its own tokens: leave data.tokens out")
     if config.data.max_length is not None and config.data.max_length < 2:
         found.append(f"data.max_length={config.data.max_length!r} must be at least 2")
     if isinstance(config.data.eval, float) and not 0 < config.data.eval < 1:

@@ -64,6 +64,8 @@ class DataConfig:
     """Regular expression with named groups that takes the lines of .txt files, or the field `text`, apart."""
     template: str | None = None
     """Chat template: a name (chatml, plain), a file, or null for the base's own; kept with the adapter."""
+    tokens: tuple[str, ...] = ()
+    """Tokens whose rows are trained with the adapter, e.g. [<|call|>, <|done|>]; those that the vocabulary lacks are added."""
     max_length: int | None = None
     """Longest row in tokens. Default: what the model can read, at most 2048."""
     overflow: Literal["drop", "cut"] = "drop"

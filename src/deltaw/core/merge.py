@@ -102,6 +102,11 @@ def _faults(model: nn.Module, name: str, work: list[tuple[Adapter, Any]], keep_b
         if not isinstance(adapter, WeightAdapter):
             found.append(f"{path}: {adapter.method.name} has no ΔW, no weight can hold it")
             continue
+        if _grows(adapter, host):
+            found.append(
+                f"{path}: it brings rows that the weight has no place for: write a grown model with `deltaw merge`"
+            )
+            continue
         tied = [other for other in owners[_storage(host.stored)] if other != path and not adapter.method.follows_ties]
         after = _merged(adapter, host)
         if tied:
@@ -144,6 +149,11 @@ def _merged(adapter: Any, host: Any) -> Tensor:
     return _wide(whole.to(host.weight.dtype)).detach()
 
 
+@torch.no_grad()
+def _grows(adapter: WeightAdapter, host: Any) -> bool:
+    return adapter.merged(_wide(host.weight)).shape != host.weight.shape
+
+
 def _wide(weight: Tensor) -> Tensor:
     """In fp32, or in fp64 where it is that."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -168,7 +178,7 @@ def _disturbed(name: str, host: Any, after: Tensor) -> list[str]:
         if other.slot != host.slot or adapter.name == name or not isinstance(adapter, WeightAdapter):
             continue
         base = _wide(other.weight)
-        if not torch.equal(base, _wide(host.weight)):  # seen in another layout: cannot tell
+        if _grows(adapter, other) or not torch.equal(base, _wide(host.weight)):  # seen in another layout: cannot tell
             found.append(repr(adapter.name))
             continue
         delta = adapter.merged(base) - base

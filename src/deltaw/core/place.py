@@ -118,9 +118,9 @@ def _add(module: nn.Module, name: str, slot: str, adapter: Adapter, method: Meth
         module.add_module("adapters", nn.ModuleDict())
         if "_old_forward" in module.__dict__:  # accelerate's hooks call this: let it be ours
             module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
-    there = here(module)
-    there.entries[name] = (*there.entries.get(name, ()), (adapter, host, None))
-    adapter.method, adapter.name = method, name
+    there, adapter.method, adapter.name = here(module), method, name
+    entries = (*there.entries.get(name, ()), (adapter, host, None))
+    there.entries[name] = tuple(sorted(entries, key=route.outermost))
     adapter.train(module.training)
     holder = cast(nn.ModuleDict, module.adapters)
     if name not in holder:

@@ -11,12 +11,12 @@ import math
 import weakref
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from deltaw.core.adapter import WeightAdapter
+from deltaw.core.adapter import Adapter, WeightAdapter
 from deltaw.core.base import unwrapped
 from deltaw.core.carried import carried, here
 from deltaw.core.errors import UseError, did_you_mean, faults
@@ -113,9 +113,13 @@ def apply(modules: list[nn.Module], route: Route) -> None:
         return
     for module in modules:
         there = here(module)
-        there.live = tuple(
-            (adapter, host, strength) for name, strength in wanted for adapter, host, _ in there.entries.get(name, ())
-        )
+        found = [(a, host, strength) for name, strength in wanted for a, host, _ in there.entries.get(name, ())]
+        there.live = tuple(sorted(found, key=outermost))
+
+
+def outermost(entry: tuple[Adapter, Any, Any]) -> bool:
+    """Is it called around all others? What follows ties may change the ids, and the size of the output."""
+    return bool(entry[0].method.follows_ties)
 
 
 def _check(model: nn.Module, modules: list[nn.Module], route: Route) -> None:

@@ -137,4 +137,7 @@ def delta(state: AdapterState, path: Site | str, weight: Tensor) -> Tensor:
     adapter.load_state_dict(dict(state.tensors[site]))
     full = weight.float()
     with torch.no_grad():
-        return adapter.merged(full) - full
+        merged = adapter.merged(full)
+    if merged.shape != full.shape:
+        raise UseError(f"{site}: it brings rows that the weight does not have, there is no ΔW of its shape")
+    return merged - full

@@ -64,20 +64,6 @@ def template(given: str) -> str:
         ) from None
 
 
-KEPT = "chat_template.jinja"
-
-
-def kept_template(tokenizer: Any) -> dict[str, str]:
-    """The file that keeps the template of an adapter beside it, where it is not the base's own: name → text."""
-    return {KEPT: tokenizer.chat_template}
-
-
-def use_kept_template(tokenizer: Any, folder: Path) -> None:
-    """Give the tokenizer the template kept with an adapter: another one than in training costs half of what was learnt."""
-    if (folder / KEPT).is_file():
-        tokenizer.chat_template = (folder / KEPT).read_text(encoding="utf-8")
-
-
 def as_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as chat templates and `generate` take them."""
     result = []

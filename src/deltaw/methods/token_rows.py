@@ -1,7 +1,11 @@
-"""TokenRows: a few rows of an embedding trained in full, e.g. those of new special tokens. E'[tokens] = rows.
+"""TokenRows: a few rows of an embedding or head trained in full; those of new tokens are added to it.
 
-Rows are absolute values, [n, dim], as in PEFT's trainable_token_indices. y = E[ids], with rows[j] where id = tokens[j].
-They are rows of the table itself: where a head is tied to it, the same rows give the scores of those tokens.
+    E' = E with E'[tokens] = rows; tokens from the end of the table on are new rows of it:  E' = [E; rows]
+
+Rows are absolute values, [n, dim], as in PEFT's trainable_token_indices. y = E'[ids], and of a head the scores of these
+tokens. They are rows of the table itself: where a head is tied to it, the same rows give the scores. The base keeps its
+own table and its size; a token that is new has no row there, so strength w gives w · row, and E + ΔE needs a table that
+has grown (`deltaw merge` grows it).
 """
 
 from collections.abc import Sequence
@@ -9,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, Call, WeightAdapter
@@ -17,32 +22,50 @@ from deltaw.core.method import Method, register
 
 
 class TokenRowsAdapter(WeightAdapter):
-    def __init__(self, tokens: tuple[int, ...], dim: int):
+    def __init__(self, tokens: tuple[int, ...], dim: int, size: int):
         super().__init__()
-        self.tokens = tokens
+        self.tokens, self.size = tokens, size
+        self.new = tuple(token for token in tokens if token >= size)
         self.rows = nn.Parameter(torch.zeros(len(tokens), dim, dtype=torch.float32))
 
     def start_from(self, host: Any) -> None:
+        """The base's own rows; new ones begin as the mean of all."""
         with torch.no_grad():
-            self.rows.copy_(host.weight[:, list(self.tokens)].T)
+            table = _table(host.weight, host.spec)
+            self.rows.copy_(self.own(table))
+            fresh = [place for place, token in enumerate(self.tokens) if token in self.new]
+            self.rows[fresh] = table.float().mean(0)
+
+    def own(self, table: Tensor) -> Tensor:
+        """The base's rows of the tokens, [n, dim] fp32; zero for those that are new."""
+        tokens = torch.tensor(self.tokens, device=table.device)
+        rows = table[tokens.clamp_max(self.size - 1)].float()
+        return torch.where((tokens < self.size).unsqueeze(1), rows, 0.0) if self.new else rows
 
     def merged(self, weight: Tensor) -> Tensor:
-        return weight.index_copy(1, torch.tensor(self.tokens, device=weight.device), self.rows.float().T)
+        turned = self.spec.lookup
+        table = F.pad(weight.T if turned else weight, (0, 0, 0, len(self.new)))  # [vocabulary + new, dim]
+        table = table.index_copy(0, torch.tensor(self.tokens, device=weight.device), self.rows.float())
+        return table.T if turned else table
 
     def forward(self, host: Any, call: Call, strength: Tensor | None, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The rows stand in the output itself: y + (rows − base) would lose them to rounding in bf16."""
-        y, tokens = call(input, *args, **kwargs), torch.tensor(self.tokens, device=input.device)
-        lookup = host.spec.lookup
-        base = (host.weight[:, tokens].T if lookup else host.weight[tokens]).float()  # [n, dim]
+        """Of a table the rows stand in the output itself: y + (rows − base) would lose them to rounding in bf16."""
+        tokens = torch.tensor(self.tokens, device=input.device)
+        base = self.own(_table(host.weight, host.spec))  # [n, dim]
         rows = self.rows.float() if strength is None else base + strength * (self.rows.float() - base)
-        if not lookup:  # the tied head: the rows give the scores of their tokens
-            others = y.index_select(-1, tokens) - host.op(input, base.to(host.weight.dtype))  # bias, other adapters
-            return y.index_copy(-1, tokens, host.op(input, rows.to(host.weight.dtype)) + others)
+        if not host.spec.lookup:  # a head: the rows give the scores of their tokens
+            y = call(input, *args, **kwargs)
+            y = F.pad(y, (0, len(self.new)))
+            before, after = (host.op(input, table.to(host.weight.dtype)).float() for table in (base, rows))  # [T, n]
+            return y.index_copy(-1, tokens, (y.index_select(-1, tokens).float() + (after - before)).to(y.dtype))
+        known = torch.where(input < self.size, input, 0) if self.new else input
+        y = call(known, *args, **kwargs)
         place = input.unsqueeze(-1) == tokens  # [T, n]
-        hit = place.any(-1, keepdim=True)
         row = host.op(place.int().argmax(-1), rows.T.to(y.dtype))
-        others = y - host.op(input, host.weight)
-        return torch.where(hit, row + others, y)
+        others = y - host.op(known, host.weight)
+        if self.new:  # what others add to the row that was read in place of a new one is not its own
+            others = torch.where((input < self.size).unsqueeze(-1), others, 0.0)
+        return torch.where(place.any(-1, keepdim=True), row + others, y)
 
 
 @register("token_rows")
@@ -51,7 +74,7 @@ class TokenRows(Method):
     follows_ties = True
 
     tokens: tuple[int, ...] = (0,)
-    """Ids of the rows that are trained."""
+    """Ids of the rows that are trained; ids from the end of the vocabulary on are new rows."""
 
     def invalid(self) -> Sequence[str]:
         wrong = [t for t in self.tokens if type(t) is not int or t < 0]
@@ -60,10 +83,26 @@ class TokenRows(Method):
         return ()
 
     def unfit(self, spec: HostSpec) -> str | None:
-        if not spec.lookup:
-            return "token rows belong to an embedding"
-        over = [t for t in self.tokens if t >= spec.shape[1]]
-        return f"tokens {over} are outside the vocabulary of {spec.shape[1]}" if over else None
+        if len(spec.shape) != 2 or not spec.linear:
+            return "token rows belong to an embedding or a head"
+        size = _size(spec)
+        new = sorted(t for t in self.tokens if t >= size)
+        if new != list(range(size, size + len(new))):
+            return f"tokens {new} are outside the vocabulary of {size}, new ones would be {size}, {size + 1}, …"
+        return None
 
     def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
-        return TokenRowsAdapter(self.tokens, spec.shape[0])
+        size = _size(spec)
+        adapter = TokenRowsAdapter(self.tokens, spec.numel // size, size)
+        adapter.spec = spec
+        return adapter
+
+
+def _size(spec: HostSpec) -> int:
+    """Rows of the table."""
+    return spec.shape[1] if spec.lookup else spec.shape[0]
+
+
+def _table(weight: Tensor, spec: HostSpec) -> Tensor:
+    """A canonical weight as the table [vocabulary, dim]."""
+    return weight.T if spec.lookup else weight

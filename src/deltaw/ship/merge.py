@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from deltaw.core.attach import adapters, detach, extract, insert
 from deltaw.core.errors import MergeError
 from deltaw.core.files import must_be_free, whole_folder
 from deltaw.core.merge import merge as merge_live
 from deltaw.core.route import use
-from deltaw.data.template import use_kept_template
+from deltaw.data.kept import use_kept
+from deltaw.methods.token_rows import TokenRowsAdapter
 from deltaw.models.adapters import load
 from deltaw.models.base import load_base, pick_dtype, require_transformers, resolve
 
@@ -51,11 +53,13 @@ def merge_to_folder(
     written = _dtype(model, dtype)
     base = load_base(model, dtype="fp32", device=torch.device("cpu"))
     load(base.model, adapter, name="merged", allow_base_mismatch=allow_base_mismatch, allow_pickle=allow_pickle)
-    use_kept_template(base.tokenizer, Path(adapter))
+    use_kept(base.tokenizer, Path(adapter))
     ids = probe(base.model)
     tuned = logits(base.model, ids)
     with use(base.model, {}):
-        effect = float((tuned - logits(base.model, ids)).abs().max())
+        plain = logits(base.model, ids)
+    effect = float((tuned[..., : plain.shape[-1]] - plain).abs().max())
+    _grow(base.model, "merged")
     merged = merge_live(base.model, "merged")
     base.model.to(written)
     transformers = require_transformers()
@@ -71,6 +75,17 @@ def merge_to_folder(
                 f"nothing was written. Merge with dtype fp32 to see whether rounding is the cause"
             )
     return Shipped(target, str(written).removeprefix("torch."), merged.weights, difference, effect)
+
+
+def _grow(model: nn.Module, name: str) -> None:
+    """Where adapter `name` brings rows of new tokens, make the base's tables as large as they need."""
+    rows = [a for a in adapters(model, name).values() if isinstance(a, TokenRowsAdapter)]
+    size = max((token + 1 for adapter in rows for token in adapter.new), default=0)
+    if size:
+        state = extract(model, name)
+        detach(model, name)
+        model.resize_token_embeddings(size, mean_resizing=False)  # type: ignore[operator]
+        insert(model, state, name=name)
 
 
 def probe(model: nn.Module, rows: int = 4, length: int = 24) -> Tensor:

@@ -12,10 +12,11 @@ from deltaw.config.schema import Config, DataConfig, Source
 from deltaw.core.errors import ConfigError
 from deltaw.data.dataset import DataReport, encode_rows, split
 from deltaw.data.encode import Encoded, Policy
+from deltaw.data.kept import TEMPLATE, Tokens, add_tokens, kept_tokens
 from deltaw.data.preview import preview
 from deltaw.data.rows import Rows, read_rows
 from deltaw.data.sources import named
-from deltaw.data.template import KEPT, template
+from deltaw.data.template import template
 from deltaw.models.base import DEFAULT_LENGTH, load_tokenizer
 
 
@@ -32,6 +33,8 @@ class Prepared:
     policy: Policy
     own_template: bool
     """Is the template another one than the base's own?"""
+    tokens: Tokens
+    """Tokens whose rows are trained."""
 
     @property
     def held_out_said(self) -> str:
@@ -54,10 +57,8 @@ class Prepared:
 def prepare(config: Config) -> Prepared:
     """Read, split and encode the rows. Raises DataError, ConfigError, FileError (the tokenizer)."""
     d = config.data
-    parent = Path(config.adapter.start or "") / KEPT
-    given = d.template or (
-        str(parent) if config.adapter.start and parent.is_file() else None
-    )  # a parent brings its own
+    parent = None if config.adapter.start is None else Path(config.adapter.start)
+    given = d.template or (str(parent / TEMPLATE) if parent and (parent / TEMPLATE).is_file() else None)
     chat = template(given) if given else None
     rows, held_out = read_rows(_sources(d, d.train)), None
     if isinstance(d.eval, float):
@@ -71,6 +72,7 @@ def prepare(config: Config) -> Prepared:
         raise ConfigError(f"data.max_length={d.max_length} is more than {config.model!r} reads: at most {limit} tokens")
     if chat is not None:
         tokenizer.chat_template = chat
+    tokens = add_tokens(tokenizer, list(kept_tokens(parent)) if parent else d.tokens)
     policy = Policy(
         d.max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH), d.train_on_prompt, d.turns, d.overflow
     )
@@ -81,7 +83,7 @@ def prepare(config: Config) -> Prepared:
         evaluated, held_report = encode_rows(
             held_out, tokenizer, policy, objective=config.train.objective, pairs=d.pairs
         )
-    return Prepared(tokenizer, encoded, report, evaluated, held_out, held_report, policy, chat is not None)
+    return Prepared(tokenizer, encoded, report, evaluated, held_out, held_report, policy, chat is not None, tokens)
 
 
 def _sources(data: DataConfig, given: str | Source | tuple[str | Source, ...]) -> list[Source]:

@@ -24,7 +24,7 @@ from deltaw.core.errors import TrainError, UseError
 from deltaw.core.files import write_text
 from deltaw.core.plan import TargetPlan
 from deltaw.data.collate import Collator
-from deltaw.data.template import kept_template
+from deltaw.data.kept import Tokens, kept
 from deltaw.formats import directory
 from deltaw.infer.evaluate import generate_samples, measured
 from deltaw.infer.metrics import metrics
@@ -37,6 +37,7 @@ from deltaw.training.callbacks import CleanStop, Events, GradientCheck, Progress
 from deltaw.training.facts import described, environment, facts, reporters, unchanged
 from deltaw.training.optimizer import build, groups
 from deltaw.training.prepare import Prepared, prepare
+from deltaw.training.rows import attach_rows
 from deltaw.training.trainer import NAME, AdapterTrainer
 
 
@@ -126,7 +127,7 @@ def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bo
     steps, every = _steps(config, len(data.encoded))
     set_seed(config.train.seed)
     checkpoint = run.last_checkpoint() if resume else None
-    plan, parents = _attach(config, base, run, checkpoint)
+    plan, parents = _attach(config, base, run, checkpoint, data.tokens)
     known = {**facts(config, base, data, plan, steps), "parents": parents}
     lengths = [len(row.ids) for row in data.encoded]
     packing = use_packing(config.data.packing, base.model, lengths, config.train.batch_size)
@@ -172,7 +173,7 @@ def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bo
         "peak_memory": peak_memory(),
     }
     state = described(config, base, extract(base.model, NAME), outcome, parents)
-    directory.write(state, run.adapter, beside=kept_template(base.tokenizer) if data.own_template else {})
+    directory.write(state, run.adapter, beside=kept(base.tokenizer, data.own_template, data.tokens))
     run.log("end", **outcome)
     write_text(run.path / "report.html", html_report(run))
     return Run(run.path, run.adapter, plan, reached, outcome["seconds"], losses)
@@ -184,14 +185,16 @@ def _was_over(run: RunDirectory, checkpoint: Path, steps: int) -> bool:
     return step >= steps or any(event["step"] == step for event in run.events("stopped"))
 
 
-def _attach(config: Config, base: Base, run: RunDirectory, checkpoint: Path | None) -> tuple[TargetPlan, list[str]]:
+def _attach(
+    config: Config, base: Base, run: RunDirectory, checkpoint: Path | None, tokens: Tokens
+) -> tuple[TargetPlan, list[str]]:
     """Fresh adapters, or those of the adapter that the run goes on from; and the digests of its parents."""
     chosen = config.adapter
     if chosen.start is None:
         plan = attach(
             base.model, chosen.method, targets=chosen.targets, exclude=chosen.exclude, layers=chosen.layers, name=NAME
         )
-        return plan, []
+        return attach_rows(base.model, tokens) or plan, []
     report = load(
         base.model, chosen.start if checkpoint is None else checkpoint / "adapter", name=NAME
     )  # the parent may be gone

@@ -1,0 +1,34 @@
+"""Rows of new tokens, trained beside a method's adapters: on the embedding, and on a head that is not tied to it."""
+
+import torch
+from torch import nn
+
+from deltaw.core.attach import adapters, attach, plan_of
+from deltaw.core.host import host_of
+from deltaw.core.plan import TargetPlan
+from deltaw.data.kept import Tokens
+from deltaw.methods.token_rows import TokenRows, TokenRowsAdapter
+from deltaw.training.trainer import NAME
+
+
+def attach_rows(model: nn.Module, tokens: Tokens) -> TargetPlan | None:
+    """Add rows for `tokens` to the adapter that is trained, and give the whole plan; None where there are no tokens.
+
+    A new row begins as the mean of the rows that spelled the token before (tables [vocabulary, dim]).
+    """
+    if not tokens.ids:
+        return None
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    untied = head is not None and head.weight is not embedding.weight
+    paths = {id(module): path for path, module in model.named_modules()}
+    targets = [paths[id(module)] for module in (embedding, *([head] if untied else []))]
+    attach(model, TokenRows(tokens=tuple(tokens.ids.values())), targets=targets, name=NAME)
+    for site, adapter in adapters(model, NAME).items():
+        if isinstance(adapter, TokenRowsAdapter):
+            host = host_of(model.get_submodule(site.path))
+            table = host.weight.T if host.spec.lookup else host.weight
+            for place, token in enumerate(adapter.tokens):
+                if token in tokens.pieces:
+                    with torch.no_grad():
+                        adapter.rows[place] = table[list(tokens.pieces[token])].float().mean(0)
+    return plan_of(model, NAME)
