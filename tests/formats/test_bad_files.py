@@ -155,7 +155,7 @@ def test_another_base_of_the_same_shape(folder: Path) -> None:
         ({"init_lora_weights": "pissa"}, "'pissa'"),
         ({"init_lora_weights": "olora"}, "'olora'"),
         ({"brand_new_switch": 3}, "brand_new_switch=3"),
-        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"peft_type": "HRA"}, "HRA"),
     ],
 )
 def test_unsupported_features_are_refused_by_name(change: dict, word: str) -> None:

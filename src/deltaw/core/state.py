@@ -27,7 +27,7 @@ class AdapterState:
     methods: Mapping[Site, Method]
     tensors: Mapping[Site, Mapping[str, Tensor]]
     specs: Mapping[Site, HostSpec]
-    """Shape of the slot at each site, and what kind of layer it is: what `build` needs."""
+    """Shape of the slot at each site, and what kind of layer it is: what `build` needs. A stranger's file may not tell."""
     base: BaseIdentity | None = None
     """The base it was trained on; None for a stranger's file that does not say."""
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -127,11 +127,13 @@ def delta(state: AdapterState, path: Site | str, weight: Tensor) -> Tensor:
     site = path if isinstance(path, Site) else Site(path)
     if site not in state.methods:
         raise UseError(f"the state adapts no {str(site)!r}{did_you_mean(str(site), map(str, state.methods))}")
-    if tuple(weight.shape) != state.specs[site].shape:
-        raise UseError(
-            f"{site}: the weight is {tuple(weight.shape)}, the adapter was made for {state.specs[site].shape}"
-        )
-    adapter = state.methods[site].build(state.specs[site])
+    spec = state.specs.get(site) or HostSpec(tuple(weight.shape))
+    if tuple(weight.shape) != spec.shape:
+        raise UseError(f"{site}: the weight is {tuple(weight.shape)}, the adapter was made for {spec.shape}")
+    reason = None if site in state.specs else misfit(state.methods[site], state.tensors[site], spec)
+    if reason:
+        raise UseError(f"{site}: {reason}")
+    adapter = state.methods[site].build(spec)
     if not isinstance(adapter, WeightAdapter):
         raise UseError(f"{site}: {state.methods[site].name} has no ΔW, its change cannot be written into a weight")
     adapter.load_state_dict(dict(state.tensors[site]))

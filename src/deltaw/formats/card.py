@@ -11,7 +11,7 @@ def card(state: AdapterState, layout: str) -> str:
     base = f"`{state.base.name}` ({state.base.layer})" if state.base else "not recorded"
     reads = "PEFT and everything that reads its format, and deltaw" if layout == "peft" else "deltaw"
     named = state.base is not None and re.fullmatch(r"[\w.\-]+/[\w.\-]+", state.base.name)
-    header = [f"library_name: {'peft' if layout == 'peft' else 'deltaw'}", "tags: [lora, deltaw]"]
+    header = [f"library_name: {'peft' if layout == 'peft' else 'deltaw'}", f"tags: [{methods}, deltaw]"]
     header += [f"base_model: {state.base.name}"] if named and state.base else []
     return (
         "---\n" + "\n".join(header) + "\n---\n\n# Adapter\n\n"

@@ -1,6 +1,6 @@
 """An adapter directory: what users keep, share and serve. Written whole or not at all; safetensors only, never pickle.
 
-    adapter_config.json          PEFT's config, where PEFT has a format for the adapter
+    adapter_config.json          PEFT's config; where PEFT has no format for the adapter, a peft_type it does not know
     adapter_model.safetensors    the tensors, under PEFT's keys (layout peft) or path:slot:name (layout native)
     deltaw.json                  methods, shapes, identity of the base, digest, recipe (`deltaw.formats.manifest`)
     README.md                    a model card
@@ -28,8 +28,9 @@ from deltaw.formats import manifest
 from deltaw.formats.card import card
 from deltaw.formats.layout import Layout
 from deltaw.formats.peft import base_copies, from_peft, to_peft
+from deltaw.formats.peft_methods import kind_for
+from deltaw.formats.peft_write import to_nobody
 from deltaw.formats.weights import PICKLED, WEIGHTS, read_tensors
-from deltaw.methods.lora import LoRA
 
 CONFIG, OURS, CARD = "adapter_config.json", "deltaw.json", "README.md"
 WRITTEN = {CONFIG, WEIGHTS, PICKLED, OURS, CARD}
@@ -56,7 +57,7 @@ def write(
     """Write `state` as the directory `path`, replacing an adapter that is there. `layout`: of the base, where known;
     `beside`: further text files to put into it.
 
-    Methods and layers that PEFT has no format for are written in our own layout, without an adapter_config.json.
+    Methods and layers that PEFT has no format for are written in our own layout, under a peft_type it does not know.
     """
     folder = Path(path)
     folder = folder.resolve() if folder.is_symlink() else folder
@@ -64,7 +65,7 @@ def write(
         config, tensors = to_peft(state, layout)
         kind = "peft"
     except ConfigError:
-        config, kind = None, "native"
+        config, kind = to_nobody(state), "native"
         tensors = {_native(s, name): t for s, group in state.tensors.items() for name, t in group.items()}
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     described = manifest.write(state, kind, tensors)
@@ -77,8 +78,7 @@ def write(
             write_text(draft / CARD, card(state, kind))
             for name, text in (beside or {}).items():
                 write_text(draft / name, text)
-            if config is not None:
-                write_text(draft / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+            write_text(draft / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
             for other in others:
                 _keep(other, draft / other.name)
     except OSError as error:
@@ -126,16 +126,22 @@ def _agree(folder: Path, state: AdapterState, ours: manifest.Manifest) -> None:
     found = []
     for site in state.methods.keys() & ours.methods.keys():
         theirs, mine = state.methods[site], ours.methods[site]
+        kind = kind_for(mine)
         if type(theirs) is not type(mine):
             found.append(f"{site}: {theirs.name} in {CONFIG}, {mine.name} in {OURS}")
-        elif isinstance(theirs, LoRA) and isinstance(mine, LoRA):
-            if abs(theirs.scale - mine.scale) > 1e-9 * mine.scale:
-                found.append(f"{site}: scale {theirs.scale:g} by {CONFIG}, {mine.scale:g} by {OURS}")
-        elif replace(theirs) != mine:
-            found.append(f"{site}: {theirs} by {CONFIG}, {mine} by {OURS}")
+        elif kind is None:
+            found += [f"{site}: {theirs} by {CONFIG}, {mine} by {OURS}"] if replace(theirs) != mine else []
+        for fact in kind.same if kind is not None and type(theirs) is type(mine) else ():
+            a, b = getattr(theirs, fact), getattr(mine, fact)
+            if a != b and not (isinstance(b, float) and abs(a - b) <= 1e-9 * abs(b)):
+                found.append(f"{site}: {fact} {_said(a)} by {CONFIG}, {_said(b)} by {OURS}")
     if found:
         head = f"{folder} was edited after it was saved: delete {OURS} to go by {CONFIG}, or save the adapter again"
         raise faults(FileError, head, sorted(found))
+
+
+def _said(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _native(site: Site, name: str) -> str:

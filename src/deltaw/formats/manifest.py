@@ -34,8 +34,7 @@ def write(state: AdapterState, layout: str, tensors: Mapping[str, Tensor]) -> st
         record = method.to_dict()
         if record not in records:
             records.append(record)
-        spec = {k: v for k, v in dataclasses.asdict(state.specs[site]).items() if k == "shape" or v != _DEFAULT[k]}
-        sites.append([site.path, site.slot, records.index(record), spec])
+        sites.append([site.path, site.slot, records.index(record), _written(state.specs.get(site))])
     manifest = {
         "format": FORMAT,
         "deltaw": __version__,
@@ -52,7 +51,12 @@ def write(state: AdapterState, layout: str, tensors: Mapping[str, Tensor]) -> st
         raise ConfigError(f"meta is kept as JSON, plain values, lists and tables only: {error}") from None
 
 
-_DEFAULT = {f.name: f.default for f in dataclasses.fields(HostSpec)}
+def _written(spec: HostSpec | None) -> dict[str, Any] | None:
+    """None for a site read from a stranger's file that does not tell the layer's shape."""
+    if spec is None:
+        return None
+    default = {f.name: f.default for f in dataclasses.fields(HostSpec)}
+    return {k: v for k, v in dataclasses.asdict(spec).items() if k == "shape" or v != default[k]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +79,12 @@ def read(text: str, source: str) -> Manifest:
         version, layout = int(record["format"]), str(record["layout"])
         methods = [from_dict(method) for method in record["methods"]] if version <= FORMAT else []
         sites = record["sites"] if version <= FORMAT else []
-        here = {Site(path, slot): (methods[index], _spec(spec)) for path, slot, index, spec in sites}
+        here = {Site(path, slot): (methods[index], spec) for path, slot, index, spec in sites}
         base = None if record["base"] is None else BaseIdentity.from_dict(record["base"])
         parsed = Manifest(
             layout, str(record["digest"]), base,
             {site: method for site, (method, _) in here.items()},
-            {site: spec for site, (_, spec) in here.items()},
+            {site: _spec(spec) for site, (_, spec) in here.items() if spec is not None},
             dict(record["meta"]),
         )  # fmt: skip
     except ConfigError as error:  # a method that is not installed, or newer

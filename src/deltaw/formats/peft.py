@@ -1,9 +1,6 @@
 """PEFT's two files ↔ AdapterState, by renaming. Format facts: PEFT 0.21, `adapter_config.json` + `adapter_model.safetensors`.
 
-    base_model.model.<path>.lora_A.weight              [r, in, *kernel]        lora_A
-    base_model.model.<path>.lora_B.weight              [out, r, *ones]         lora_B
-    base_model.model.<path>.lora_embedding_A / _B      [r, vocab] / [dim, r]   lora_A / lora_B of an embedding
-    base_model.model.<path>.lora_magnitude_vector      [out] or [1, out, 1, …] magnitude (DoRA)
+    base_model.model.<path>.<end>                      what the method trains  (`peft_methods` has the ends)
     base_model.model.<path>.base_layer.bias, <p>.bias  trained biases          Full at slot bias
     base_model.model.<path>.<parameter>                modules_to_save         Full at that slot
     base_model.model.<path>.token_adapter.trainable_tokens_delta  [n, dim]     TokenRows (absolute rows)
@@ -15,7 +12,6 @@ them and reported. Pure functions on plain data; PEFT is not needed. `to_peft` i
 `peft_match`, `parse_config` in `peft_config`.
 """
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,20 +24,17 @@ from deltaw.core.errors import FileError, faults
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Site
 from deltaw.core.state import AdapterState
-from deltaw.formats.peft_config import DUMMY, alpha_of, check, method_of, parse_config, rank_of
+from deltaw.formats.peft_config import DUMMY, check, parse_config
+from deltaw.formats.peft_kind import Kind, Ranked
 from deltaw.formats.peft_match import first_hit, matches, named, saved, shadowed
+from deltaw.formats.peft_methods import kind_of
 from deltaw.formats.peft_write import PREFIX, to_peft
-from deltaw.methods.dora import DoRA
 from deltaw.methods.full import Full
-from deltaw.methods.lora import LoRA
 from deltaw.methods.token_rows import TokenRows
 
 __all__ = ["base_copies", "from_peft", "matches", "parse_config", "to_peft"]
 
 _NAME = r"(?:\.(?P<name>(?!weight$|bias$)[^.]+))?"  # the adapter's name, in older files
-_FACTOR = re.compile(rf"(?P<path>.+)\.lora_(?P<which>[AB]){_NAME}\.(?P<slot>weight|bias)")
-_EMBEDDING = re.compile(rf"(?P<path>.+)\.lora_embedding_(?P<which>[AB]){_NAME}")
-_MAGNITUDE = re.compile(rf"(?P<path>.+)\.lora_magnitude_vector{_NAME}(?:\.weight)?")
 _ROWS = re.compile(rf"(?P<path>.+)\.token_adapter\.trainable_tokens_delta{_NAME}")
 _COPY = re.compile(r"(?P<path>.+?)\.(?:token_adapter\.)?base_layer\.weight")
 _ORIGINAL = re.compile(r"(?P<path>.+)\.original_module\.(?P<slot>.+)")
@@ -52,8 +45,9 @@ _SAVED = re.compile(r"(?P<path>.+)\.modules_to_save(?:\.default)?\.(?P<slot>.+)"
 class _Sorted:
     """The tensors of a file by what they are."""
 
-    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    embeddings: set[str] = field(default_factory=set)
+    adapted: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Path → end of the key → tensor."""
+    shared: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[Site, Tensor] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
@@ -70,27 +64,20 @@ def from_peft(
 
     strict=False leaves out what cannot be placed, with a note each.
     """
-    notes = check(config, strict=strict)
-    parts = _sort(config, tensors)
-    template = dataclasses.replace(
-        method_of(config, strict=strict), rank_pattern={}, alpha_pattern={}, bias="none", modules_to_save=()
-    )
+    notes, kind = check(config, strict=strict), kind_of(config)
+    parts = _sort(config, tensors, kind)
     methods: dict[Site, Method] = {}
     specs: dict[Site, HostSpec] = {}
     placed: dict[Site, Mapping[str, Tensor]] = {}
-    for path, group in parts.factors.items():
-        reason = _unfit(group, isinstance(template, DoRA))
-        if reason:
-            parts.found.append(f"{path}: {reason}")
+    for path, ends in parts.adapted.items():
+        piece = kind.read(config, path, ends, parts.shared)
+        if isinstance(piece, str):
+            parts.found.append(f"{path}: {piece}")
             continue
-        a, b = group["lora_A"], group["lora_B"]
-        if a.shape[0] != rank_of(config, path):
-            notes.append(
-                f"{path}: of rank {a.shape[0]} by its tensors and {rank_of(config, path)} by the config; the tensors count"
-            )
-        methods[Site(path)] = dataclasses.replace(template, rank=a.shape[0], alpha=alpha_of(config, path))
-        specs[Site(path)] = HostSpec((b.shape[0], *a.shape[1:]), lookup=path in parts.embeddings)
-        placed[Site(path)] = group
+        notes += piece.notes
+        methods[Site(path)], placed[Site(path)] = piece.method, piece.tensors
+        if piece.spec is not None:
+            specs[Site(path)] = piece.spec
     for path, rows in parts.rows.items():
         tokens = _tokens(config, path)
         if tokens is None or len(tokens) != len(rows):
@@ -111,7 +98,7 @@ def from_peft(
     if copied := [*parts.copies, *parts.originals]:
         notes.append(f"{', '.join(copied)}: PEFT's copy of the base's own, not part of the adapter, left out")
     notes += ["keys say _orig_mod: saved from a compiled model, read without it"] if parts.compiled else []
-    notes += _dead(config, methods)
+    notes += _dead(config, methods, kind)
     meta = {"task_type": config["task_type"]} if config.get("task_type") else {}
     return AdapterState(methods, placed, specs, base=None, meta=meta), notes
 
@@ -121,12 +108,16 @@ def base_copies(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
 
     Only those PEFT insists on to be the same; what stood under a module that is replaced does not matter.
     """
-    return _sort(config, tensors).copies
+    return _sort(config, tensors, kind_of(config)).copies
 
 
-def _sort(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _Sorted:
+def _sort(config: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: Kind) -> _Sorted:
     parts, whole_modules = _Sorted(), config.get("modules_to_save") or ()
+    ends = [(end, _ending(end)) for end in (*kind.keys, *kind.unread)]
     for key, tensor in tensors.items():
+        if key in kind.shared:
+            parts.shared[key] = tensor
+            continue
         if not key.startswith(PREFIX):
             parts.found.append(
                 f"key {key!r} does not begin with {PREFIX!r}: the file was not written by PEFT, or renamed"
@@ -137,30 +128,33 @@ def _sort(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _Sorted:
             name, parts.compiled = name.replace("_orig_mod.", ""), True
         if shadowed(whole_modules, name.rpartition(".")[0]):  # in here names like lora_A are the base's own
             _whole(parts, name, tensor)
-        elif hit := _FACTOR.fullmatch(name):
-            _low_rank(parts, hit, f"lora_{hit['which']}", tensor, key)
-        elif hit := _EMBEDDING.fullmatch(name):
-            parts.embeddings.add(hit["path"])
-            _low_rank(parts, hit, f"lora_{hit['which']}", tensor, key)
-        elif hit := _MAGNITUDE.fullmatch(name):
-            _low_rank(parts, hit, "magnitude", tensor.flatten(), key)
-        elif hit := _ROWS.fullmatch(name):
-            parts.rows[hit["path"]] = tensor
-            parts.names |= {hit["name"]} if hit["name"] else set()
+        elif found := next(((end, hit) for end, rule in ends if (hit := rule.fullmatch(name))), None):
+            _adapted(parts, kind, *found, tensor, key)
+        elif rows := _ROWS.fullmatch(name):
+            parts.rows[rows["path"]] = tensor
+            parts.names |= {rows["name"]} if rows["name"] else set()
         else:
             _whole(parts, name, tensor)
     return parts
 
 
-def _low_rank(parts: _Sorted, hit: re.Match[str], tensor_name: str, tensor: Tensor, key: str) -> None:
-    path = hit["path"]
-    if hit.groupdict().get("slot") == "bias":
-        parts.found.append(f"key {key!r}: a bias on B (lora_bias) is not supported yet")
+def _ending(end: str) -> re.Pattern[str]:
+    """Keys of this end; the adapter's name may stand after the first word."""
+    word, dot, rest = end.partition(".")
+    return re.compile(rf"(?P<path>.+)\.{re.escape(word)}{_NAME}{re.escape(dot + rest)}")
+
+
+def _adapted(parts: _Sorted, kind: Kind, end: str, hit: re.Match[str], tensor: Tensor, key: str) -> None:
+    path, name = hit["path"], hit["name"]
+    if end in kind.unread:
+        parts.found.append(f"key {key!r}: {kind.unread[end]} is not supported yet")
     elif path.endswith(".base_layer"):
         parts.found.append(f"key {key!r}: adapters inside each other (target_parameters) are not supported yet")
+    elif end in parts.adapted.setdefault(path, {}):
+        parts.found.append(f"key {key!r}: {path}.{end} is in the file twice")
     else:
-        parts.factors.setdefault(path, {})[tensor_name] = tensor
-        parts.names |= {hit["name"]} if hit["name"] else set()
+        parts.adapted[path][end] = tensor
+        parts.names |= {name} if name else set()
 
 
 def _whole(parts: _Sorted, name: str, tensor: Tensor) -> None:
@@ -179,22 +173,6 @@ def _whole(parts: _Sorted, name: str, tensor: Tensor) -> None:
         parts.found.append(f"{name} is in the file twice, with different values")
 
 
-def _unfit(group: Mapping[str, Tensor], dora: bool) -> str | None:
-    """Why the tensors at one path are no adapter, or None."""
-    needed = {"lora_A", "lora_B"} | ({"magnitude"} if dora else set())
-    if group.keys() != needed:
-        said = [f"missing {', '.join(sorted(needed - group.keys()))}"] if needed - group.keys() else []
-        said += [f"unexpected {', '.join(sorted(group.keys() - needed))}"] if group.keys() - needed else []
-        return f"{'; '.join(said)}; the config says {'DoRA' if dora else 'LoRA'}"
-    a, b = group["lora_A"], group["lora_B"]
-    shapes = f"A is {tuple(a.shape)} and B is {tuple(b.shape)}"
-    if a.ndim < 2 or b.ndim < 2 or 0 in (*a.shape, *b.shape):
-        return f"{shapes}: not two matrices; were they gathered before saving from a sharded run?"
-    if a.ndim > 2 and a.shape[0] != b.shape[1] and a.shape[0] % b.shape[1] == 0:
-        return f"{shapes}: PEFT's grouped convolution is not supported yet (it has no ΔW of the weight's shape)"
-    return f"{shapes}: their ranks differ" if a.shape[0] != b.shape[1] else None
-
-
 def _tokens(config: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
     """A list is for the input embedding, a table is by (the end of) the module's path."""
     given = config.get("trainable_token_indices")
@@ -203,27 +181,27 @@ def _tokens(config: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
     return None if given is None else tuple(given)
 
 
-def _dead(config: Mapping[str, Any], methods: Mapping[Site, Method]) -> list[str]:
+def _dead(config: Mapping[str, Any], methods: Mapping[Site, Method], kind: Kind) -> list[str]:
     """What the config names and the file lacks, and the other way round."""
-    low_rank = [site.path for site, method in methods.items() if isinstance(method, LoRA)]
+    adapted = [site.path for site, method in methods.items() if kind.holds(method)]
     whole = {site.path for site, method in methods.items() if isinstance(method, Full)}
     above = {".".join(path.split(".")[: i + 1]) for path in whole for i in range(path.count(".") + 1)}
     targets, asked, notes = config.get("target_modules"), config.get("modules_to_save") or (), []
     if isinstance(targets, str) and (targets.lower() == "all-linear" or targets == DUMMY):
         targets = None
     if isinstance(targets, str):
-        notes += _lacking("target_modules", [] if any(re.fullmatch(targets, path) for path in low_rank) else [targets])
+        notes += _lacking("target_modules", [] if any(re.fullmatch(targets, path) for path in adapted) else [targets])
     else:
-        dead = [name for name in sorted(targets or ()) if not any(named([name], path) for path in low_rank)]
+        dead = [name for name in sorted(targets or ()) if not any(named([name], path) for path in adapted)]
         notes += _lacking("target_modules", dead)
-    extra = sorted(set(low_rank) - set(matches(config, low_rank))) if targets else []
+    extra = sorted(set(adapted) - set(matches(config, adapted))) if targets else []
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         notes.append(f"the file adapts {extra[0]}{more}, which target_modules does not select: loaded all the same")
     notes += _lacking("modules_to_save", [m for m in dict.fromkeys(asked) if not any(saved([m], p) for p in above)])
-    for option in ("rank_pattern", "alpha_pattern"):
+    for option in ("rank_pattern", "alpha_pattern") if isinstance(kind, Ranked) else ():
         patterns = config.get(option) or {}
-        notes += _lacking(option, [p for p in patterns if not any(first_hit({p: True}, path) for path in low_rank)])
+        notes += _lacking(option, [p for p in patterns if not any(first_hit({p: True}, path) for path in adapted)])
     if config.get("trainable_token_indices") and not any(isinstance(method, TokenRows) for method in methods.values()):
         notes += _lacking("trainable_token_indices", ["tokens"])
     return notes

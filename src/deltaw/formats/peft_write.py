@@ -11,26 +11,23 @@ Without a Layout the other modules of the base are unknown, and full paths are w
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from deltaw.core.errors import ConfigError, faults
-from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Site
 from deltaw.core.state import AdapterState
 from deltaw.formats.layout import Layout
 from deltaw.formats.peft_config import DUMMY
-from deltaw.formats.peft_match import first_hit, matches, saved, shadowed
-from deltaw.methods.dora import DoRA
+from deltaw.formats.peft_kind import FIRST_WORDS, Kind
+from deltaw.formats.peft_match import matches, saved, shadowed
+from deltaw.formats.peft_methods import KINDS, OURS, kind_for
 from deltaw.methods.full import Full
-from deltaw.methods.lora import LoRA
 from deltaw.methods.token_rows import TokenRows
 
 PREFIX = "base_model.model."
-Value = TypeVar("Value", int, float)
 TASKS: Mapping[str, Sequence[str]] = {
     "CAUSAL_LM": (),
     "SEQ_2_SEQ_LM": (),
@@ -49,114 +46,101 @@ CLASSES = {
 }
 
 
-RESERVED = {"base_layer", "original_module", "modules_to_save", "token_adapter", "lora_A", "lora_B"}
-"""Parts of PEFT's keys: a base's module of such a name cannot be told from them."""
-
-
 def to_peft(state: AdapterState, layout: Layout | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, tensors) that PEFT loads to the same function.
 
-    ConfigError where PEFT has no format: another method than LoRA, DoRA, Full, TokenRows; grouped convolutions; LoRA
-    beside DoRA. Such adapters are stored in our own layout (`deltaw.formats.directory`).
+    ConfigError where PEFT has no format: methods it does not know, two kinds in one adapter, layers it has not written
+    the method for, grouped convolutions. Such adapters are stored in our own layout (`deltaw.formats.directory`).
     """
-    found = [f"{site}: {reason}" for site, m in state.methods.items() if (reason := _no_format(site, m, state))]
-    low_rank = {site.path: m for site, m in state.methods.items() if isinstance(m, LoRA)}
-    if len({type(method) for method in low_rank.values()}) > 1:
-        found.append("LoRA and DoRA in one adapter: PEFT has one switch for all modules")
+    adapted = {site: m for site, m in state.methods.items() if not isinstance(m, Full | TokenRows)}
+    kinds = {kind.type: kind for m in adapted.values() if (kind := kind_for(m))} or {"LORA": KINDS["LORA"]}
+    kind = next(iter(kinds.values()))
+    found = [
+        f"{site}: {reason}" for site, m in state.methods.items() if (reason := _no_format(site, m, state, kind, layout))
+    ]
+    if len(kinds) > 1:
+        found.append(f"{' and '.join(kinds)} in one adapter: PEFT has one method for all modules")
     if found:
         raise faults(ConfigError, "PEFT cannot hold this adapter", found)
-    tensors: dict[str, Tensor] = {}
-    for site in state.methods:
-        adapted = site.path in low_rank
-        tensors |= _tensors(site, state.methods[site], state.tensors[site], state.specs[site], adapted)
-    return _config(state, low_rank, layout), tensors
+    by_path = {site.path: method for site, method in adapted.items()}
+    specs = {site.path: state.specs.get(site) for site in adapted}
+    config = _config(state, kind, kind.options(by_path, specs), by_path, layout)
+    tensors = kind.common(by_path, specs)
+    for site, method in state.methods.items():
+        key, group = f"{PREFIX}{site.path}.", state.tensors[site]
+        if isinstance(method, TokenRows):
+            tensors[f"{key}token_adapter.trainable_tokens_delta"] = group["rows"]
+        elif isinstance(method, Full):
+            tensors[f"{key}{'base_layer.' if site.path in by_path else ''}{site.slot}"] = group["copy"]
+        else:
+            ends = kind.tensors(method, group, specs[site.path])
+            tensors |= {key + end: tensor for end, tensor in ends.items()}
+    return config, tensors
 
 
-def _no_format(site: Site, method: Method, state: AdapterState) -> str | None:
-    if type(method) not in (LoRA, DoRA, Full, TokenRows):
-        return f"PEFT has no format for {method.name!r}"
-    if not site.path:
-        return "PEFT never adapts the model itself, only modules inside it"
-    if RESERVED & set(site.path.split(".")):
-        return "a module on the way has one of PEFT's own names"
-    if state.specs[site].groups > 1:
-        return "PEFT's grouped convolution is another function (it has no ΔW of the weight's shape)"
-    other = state.methods.get(Site(site.path))
-    if isinstance(method, Full) and site.slot != "bias" and other is not None and not isinstance(other, Full):
-        return "PEFT either adapts a module or trains it whole"
-    return None
-
-
-def _tensors(
-    site: Site, method: Method, group: Mapping[str, Tensor], spec: HostSpec, adapted: bool
-) -> dict[str, Tensor]:
-    key = f"{PREFIX}{site.path}."
-    if isinstance(method, TokenRows):
-        return {f"{key}token_adapter.trainable_tokens_delta": group["rows"]}
-    if isinstance(method, Full):
-        return {f"{key}{'base_layer.' if adapted else ''}{site.slot}": group["copy"]}
-    form = "lora_embedding_{}" if spec.lookup else "lora_{}.weight"
-    tensors = {key + form.format(which): group[f"lora_{which}"] for which in "AB"}
-    if isinstance(method, DoRA):
-        kernel = len(spec.shape) - 2
-        tensors[f"{key}lora_magnitude_vector"] = (
-            group["magnitude"].view(1, -1, *[1] * kernel) if kernel else group["magnitude"]
-        )
-    return tensors
-
-
-def _config(state: AdapterState, low_rank: Mapping[str, LoRA], layout: Layout | None) -> dict[str, Any]:
-    methods = list(low_rank.values()) or [LoRA(rank=8, alpha=8.0)]
-    rslora = all(method.rslora for method in methods)
-    ranks = {path: method.rank or 0 for path, method in low_rank.items()}
-    # scale · r where the modules disagree on rsLoRA: PEFT has one switch
-    alphas = {
-        path: float(m.alpha or 0) if m.rslora == rslora else m.scale * (m.rank or 0) for path, m in low_rank.items()
-    }
-    rank, alpha = _common(ranks, 8), _common(alphas, 8.0)
-    full = {site for site, method in state.methods.items() if isinstance(method, Full)}
-    biases = {site.path for site in full if {s.slot for s in full if s.path == site.path} == {"bias"}}
-    whole = _whole_modules({site for site in full if site.path not in biases}, list(low_rank), layout)
-    tokens = {site.path: list(method.tokens) for site, method in state.methods.items() if isinstance(method, TokenRows)}
+def to_nobody(state: AdapterState) -> dict[str, Any]:
+    """The config of an adapter that PEFT has no format for: a peft_type that no other reader knows, so that none opens
+    half of it or takes it for something else; and nothing that a reader who does not look at it could go by."""
+    names = sorted({method.name for method in state.methods.values() if not isinstance(method, Full | TokenRows)})
+    word = "_".join(re.sub(r"\W", "_", name).upper() for name in names or ["full"])
     return {
-        "peft_type": "LORA",
-        "task_type": _task(state, full, list(low_rank), layout),
-        "base_model_name_or_path": None
-        if state.base is None or state.base.name == state.base.layer
-        else state.base.name,
-        "r": rank,
-        "lora_alpha": _short(alpha),
-        "lora_dropout": methods[0].dropout,
-        "rank_pattern": _pattern(ranks, rank),
-        "alpha_pattern": {key: _short(value) for key, value in _pattern(alphas, alpha).items()},
-        "target_modules": _targets(sorted(low_rank), whole, layout),
-        "modules_to_save": whole or None,
-        "trainable_token_indices": tokens or None,
-        "bias": "none" if not biases else "lora_only" if biases <= low_rank.keys() else "all",
-        "use_rslora": rslora,
-        "use_dora": isinstance(methods[0], DoRA),
-        "fan_in_fan_out": layout is not None and any(path in layout.transposed for path in low_rank),
-        "init_lora_weights": True,
+        "peft_type": f"{OURS}{word}",
+        "base_model_name_or_path": _base(state),
+        "target_modules": sorted({site.path for site in state.methods}),
+        "task_type": None,
         "inference_mode": True,
     }
 
 
-def _common(values: Mapping[str, Value], default: Value) -> Value:
-    return Counter(values.values()).most_common(1)[0][0] if values else default
+def _no_format(site: Site, method: Method, state: AdapterState, kind: Kind, layout: Layout | None) -> str | None:
+    full, rows = isinstance(method, Full), isinstance(method, TokenRows)
+    if not (full or rows or kind_for(method)):
+        return f"PEFT has no format for {method.name!r}"
+    if not site.path:
+        return "PEFT never adapts the model itself, only modules inside it"
+    if (FIRST_WORDS | kind.words) & set(site.path.split(".")):
+        return "a module on the way has one of PEFT's own names"
+    if rows and not kind.token_rows:
+        return f"PEFT has no token rows beside {kind.label}"
+    if full and site.slot == "bias" and kind.bias is None and Site(site.path) in state.methods:
+        return f"PEFT trains no biases beside {kind.label}"
+    if full or rows:
+        other = state.methods.get(Site(site.path))
+        if full and site.slot != "bias" and other is not None and not isinstance(other, Full):
+            return "PEFT either adapts a module or trains it whole"
+        return None
+    if site.slot != "weight":
+        return f"PEFT's {kind.label} adapts weights only, not {site.slot!r}"
+    return kind.unheld(method, state.specs.get(site), layout is not None and site.path in layout.transposed)
 
 
-def _pattern(values: Mapping[str, Value], common: Value) -> dict[str, Value]:
-    """Exceptions from the common value: by last name where all modules of that name agree, else by anchored path."""
-    by_leaf: dict[str, set[Value]] = {}
-    for path, value in values.items():
-        by_leaf.setdefault(path.rpartition(".")[2], set()).add(value)
-    result: dict[str, Value] = {}
-    for path, value in values.items():
-        leaf = path.rpartition(".")[2]
-        if value != common:
-            result[re.escape(leaf) if len(by_leaf[leaf]) == 1 else f"^{re.escape(path)}"] = value
-    assert all((first_hit(result, path) or common) == value for path, value in values.items())
-    return result
+def _config(
+    state: AdapterState, kind: Kind, options: Mapping[str, Any], adapted: Mapping[str, Method], layout: Layout | None
+) -> dict[str, Any]:
+    full = {site for site, method in state.methods.items() if isinstance(method, Full)}
+    biases = {site.path for site in full if {s.slot for s in full if s.path == site.path} == {"bias"}}
+    whole = _whole_modules({site for site in full if site.path not in biases}, list(adapted), layout)
+    tokens = {site.path: list(method.tokens) for site, method in state.methods.items() if isinstance(method, TokenRows)}
+    config = {
+        "peft_type": kind.type,
+        "task_type": _task(state, full, list(adapted), layout),
+        "base_model_name_or_path": _base(state),
+        **options,
+        "target_modules": _targets(sorted(adapted), whole, layout),
+        "modules_to_save": whole or None,
+        "inference_mode": True,
+    }
+    if kind.token_rows:
+        config["trainable_token_indices"] = tokens or None
+    if kind.bias is not None:
+        config["bias"] = "none" if not biases else kind.bias if biases <= adapted.keys() else "all"
+    if kind.transposed:
+        config["fan_in_fan_out"] = layout is not None and any(path in layout.transposed for path in adapted)
+    return config
+
+
+def _base(state: AdapterState) -> str | None:
+    return None if state.base is None or state.base.name == state.base.layer else state.base.name
 
 
 def _targets(paths: list[str], whole: list[str], layout: Layout | None) -> list[str] | str:
@@ -171,7 +155,7 @@ def _targets(paths: list[str], whole: list[str], layout: Layout | None) -> list[
     return "|".join(map(re.escape, paths))  # a suffix would hit other modules: anchor it
 
 
-def _whole_modules(full: set[Site], low_rank: list[str], layout: Layout | None) -> list[str]:
+def _whole_modules(full: set[Site], adapted: list[str], layout: Layout | None) -> list[str]:
     """Entries of modules_to_save: topmost modules that are trained whole and drag in no other."""
     owners = sorted({site.path for site in full})
     tops = [p for p in owners if not any(p.startswith(f"{other}.") for other in owners)]
@@ -184,13 +168,13 @@ def _whole_modules(full: set[Site], low_rank: list[str], layout: Layout | None) 
         known = [] if layout is None else [Site(*entry) for hit in hits[path] for entry in layout.below(hit)]
         unfit = any(a != b and a.startswith(f"{b}.") for a in hits[path] for b in hits[path])
         unfit = unfit or (layout is not None and any(hit in layout.containers for hit in hits[path]))
-        if full.issuperset(known) and not unfit and not any(shadowed([path], other) for other in low_rank):
+        if full.issuperset(known) and not unfit and not any(shadowed([path], other) for other in adapted):
             entries.append(path)
             covered += hits[path]
     return sorted(entries)
 
 
-def _task(state: AdapterState, full: set[Site], low_rank: list[str], layout: Layout | None) -> str | None:
+def _task(state: AdapterState, full: set[Site], adapted: list[str], layout: Layout | None) -> str | None:
     """The task type, or None where PEFT's class for it would look for a head that is not in the file."""
     task = state.meta.get("task_type")
     if task is None and state.base is not None:
@@ -201,9 +185,4 @@ def _task(state: AdapterState, full: set[Site], low_rank: list[str], layout: Lay
     paths = {site.path for site in full} if layout is None else set(layout.entries)
     wanted = {Site(*entry) for p in paths if saved(heads, p) for entry in (layout.below(p) if layout else ())}
     there = not heads or any(saved(heads, site.path) for site in full)
-    return task if there and wanted <= full and not any(shadowed(heads, path) for path in low_rank) else None
-
-
-def _short(value: float) -> float | int:
-    """Whole numbers without a point: some readers take no other."""
-    return int(value) if float(value).is_integer() else value
+    return task if there and wanted <= full and not any(shadowed(heads, path) for path in adapted) else None

@@ -170,6 +170,6 @@ def _what_fits(model: nn.Module, state: AdapterState, path: str) -> tuple[Adapte
         raise faults(FileError, f"nothing of {path} fits this model", left)
     part = AdapterState(
         {site: state.methods[site] for site in kept}, {site: state.tensors[site] for site in kept},
-        {site: state.specs[site] for site in kept}, state.base, state.meta,
+        {site: state.specs[site] for site in kept if site in state.specs}, state.base, state.meta,
     )  # fmt: skip
     return part, left
