@@ -92,6 +92,11 @@ class Host:
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
+    @property
+    def registered(self) -> Any:
+        """The class that this view was registered for: the module's own, or the nearest one above it."""
+        return next(cls for cls in type(self.module).__mro__ if type(self) in _KINDS.get(_qualified(cls), ()))
+
     def fault(self) -> str | None:
         """Why this very module cannot carry adapters, or None."""
         return None
@@ -132,8 +137,8 @@ class WeightHost(Host):
     def fault(self) -> str | None:
         """Where a subclass brings a forward of its own, compare `op` with it on a random input instead of trusting."""
         module, layer = self.module, type(self.module)
-        known: list[Any] = [cls for cls in layer.__mro__ if type(self) in _KINDS.get(_qualified(cls), ())]
-        if hasattr(layer, "base_class") or layer.forward is known[0].forward or self.parameter.device.type == "meta":
+        own = layer.forward is not self.registered.forward
+        if hasattr(layer, "base_class") or not own or self.parameter.device.type == "meta":
             return None
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             x = self.probe().to(self.parameter.device)
@@ -183,7 +188,7 @@ class ParameterHost(Host):
         """
         parameters: dict[str, Any] = self.module._parameters
         pristine = here(self.module).pristine
-        with contextlib.nullcontext() if torch.compiler.is_compiling() else _REPLACING:
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else TURNS:
             current, outermost = self.stored, self.slot not in pristine
             if outermost:
                 pristine[self.slot] = current
@@ -196,7 +201,8 @@ class ParameterHost(Host):
                     del pristine[self.slot]
 
 
-_REPLACING = threading.RLock()
+TURNS = threading.RLock()
+"""Held while a module is changed for the time of one call."""
 _KINDS: dict[str, list[type[Host]]] = {}  # qualified name of a layer class → views of it
 
 

@@ -29,6 +29,8 @@ class Site(NamedTuple):
         return f"{self.path or '(the model itself)'}" + ("" if self.slot == "weight" else f":{self.slot}")
 
 
+Owned = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""Path of every module → name and shape of each parameter that it owns itself."""
 Part = tuple["Method", Mapping[str, Tensor], float]
 """One term of a mix at one site: its method, its tensors and its weight."""
 
@@ -66,8 +68,8 @@ class Method:
         """The method as it applies to one module: defaults and per-module patterns resolved to plain values."""
         return self
 
-    def companions(self, parameters: Mapping[str, Sequence[str]], targets: Sequence[str]) -> "Mapping[Site, Method]":
-        """Further sites trained with the targets (biases, whole modules), from the parameter names of every module."""
+    def companions(self, parameters: Owned, targets: Sequence[str]) -> "Mapping[Site, Method]":
+        """Further sites trained with the targets (biases, whole modules), from what every module owns itself."""
         return {}
 
     def build(self, spec: HostSpec, shared: Any = None) -> Adapter:

@@ -4,6 +4,7 @@
     "all-linear"            every linear layer except the model's heads
     "attention"             the linear layers inside attention modules
     "mlp"                   the linear layers of repeated blocks that are not in attention
+                            (of methods on whole sublayers, these three mean the sublayers that own such layers)
     "q_proj"                modules of that name, at any depth; "self_attn.q_proj" anchors it further
     "model.layers.0.mlp.up_proj"     one module by its full path; "" is the model itself
     r".*layers\\.[0-3]\\..*_proj"     a regular expression over the full path
@@ -43,8 +44,8 @@ class ModuleFact:
     """Class names of the modules above it, outermost first."""
     slots: dict[str, HostSpec]
     """Slots the method's protocol finds here, with their shapes; empty where the module cannot carry it."""
-    parameters: tuple[str, ...]
-    """Names of the parameters the module itself owns."""
+    parameters: dict[str, tuple[int, ...]]
+    """Names and shapes of the parameters the module itself owns."""
     linear: bool
     """A linear layer, whatever the method needs of it: what presets choose among."""
     head: bool
@@ -64,7 +65,7 @@ def facts(model: nn.Module, method: Method) -> list[ModuleFact]:
         layer = getattr(type(module), "base_class", type(module))  # the class it had before adapters were attached
         above = lineage[path.rpartition(".")[0]] if path else ()
         lineage[path] = (*above, layer.__name__) if path else (layer.__name__,)
-        own = tuple(name for name, p in module._parameters.items() if p is not None)
+        own = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
         kind = kind_of(type(module), method.host)
         slots: dict[str, HostSpec] = {}
         refusal = None
@@ -114,6 +115,17 @@ def _matches(pattern: str, fact: ModuleFact, whole: bool) -> bool:
     return any(re.fullmatch(pattern, c) for c in candidates)
 
 
+def _able(pattern: str, hits: Sequence[ModuleFact], by_path: dict[str, ModuleFact]) -> list[ModuleFact]:
+    """What can carry the method among the modules that a pattern hits. A preset names linear layers: where those cannot
+    carry it themselves, it means the nearest modules above them that can (of a block method, the sublayers)."""
+    if pattern not in PRESETS:
+        return [fact for fact in hits if fact.slots]
+    parts = [fact.path.split(".") for fact in hits]
+    above = ([".".join(names[:count]) for count in range(len(names), 0, -1)] for names in parts)
+    nearest = (next((path for path in paths if by_path[path].slots), None) for paths in above)
+    return [by_path[path] for path in dict.fromkeys(nearest) if path is not None]
+
+
 def _layer_index(path: str) -> int | None:
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
     return int(found.group(1)) if found else None
@@ -146,13 +158,14 @@ def plan(
 ) -> TargetPlan:
     """Resolve `targets` against `model` for `method`. Pure; raises TargetError with every fault found."""
     known = facts(model, method)
+    by_path = {fact.path: fact for fact in known}
     whole = not issubclass(method.host, WeightHost)
     found: list[str] = []
     notes: list[str] = []
     chosen: dict[str, ModuleFact] = {}
     for pattern in _patterns(targets, found):
         hits = [fact for fact in known if _matches(pattern, fact, whole)]
-        able = [fact for fact in hits if fact.slots]
+        able = _able(pattern, hits, by_path)
         if not able:
             found.append(_nothing(pattern, hits, known, method))
         chosen |= {fact.path: fact for fact in able}
@@ -162,7 +175,8 @@ def plan(
                     notes.append(f"left out {fact.path}: {fact.refusal}")
                     del chosen[fact.path]
     for pattern in _patterns(exclude, found):
-        gone = [path for path, fact in chosen.items() if _matches(pattern, fact, True)]
+        named = [fact for fact in (known if pattern in PRESETS else chosen.values()) if _matches(pattern, fact, True)]
+        gone = [fact.path for fact in _able(pattern, named, by_path) if fact.path in chosen]
         if not gone:
             found.append(f"exclude={pattern!r} takes nothing away from the targets")
         for path in gone:
@@ -177,7 +191,6 @@ def plan(
         chosen = {path: fact for path, fact in chosen.items() if _layer_index(path) in wanted}
     found += [f"{path or 'the model itself'}: {fact.refusal}" for path, fact in chosen.items() if fact.refusal]
 
-    by_path = {fact.path: fact for fact in known}
     extra = method.companions({fact.path: fact.parameters for fact in known}, list(chosen))
     planned: list[Target] = []
     unfit: dict[tuple[str, str, str], list[str]] = {}  # what does not fit, with all modules it is true of

@@ -5,7 +5,7 @@ W + w·(copy − W). Kept in fp32 beside a base of any dtype and cast to it in t
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deltaw.core.adapter import Adapter, Call, WeightAdapter
 from deltaw.core.errors import ConfigError, UseError, did_you_mean, faults
 from deltaw.core.host import HostSpec, ParameterHost
-from deltaw.core.method import Method, Part, Site, register
+from deltaw.core.method import Method, Owned, Part, Site, register
 
 
 class FullAdapter(WeightAdapter):
@@ -64,13 +64,19 @@ class Full(Method):
 
 
 def companions(
-    bias: str, modules_to_save: Sequence[str], parameters: Mapping[str, Sequence[str]], targets: Sequence[str]
+    bias: str, modules_to_save: Sequence[str], parameters: Owned, targets: Sequence[str], norms: bool = False
 ) -> dict[Site, Method]:
-    """Sites of the trained biases and modules that a method's options `bias` and `modules_to_save` ask for."""
+    """Sites of the trained biases, modules and norms that a method's options ask for.
+
+    A norm is a module that owns a vector `weight`, whatever its class: LayerNorm, a model's own RMSNorm, ...
+    """
     result: dict[Site, Method] = {}
     if bias != "none":
         chosen = parameters if bias == "all" else targets
         result |= {Site(path, "bias"): Full() for path in chosen if "bias" in parameters[path]}
+    if norms:
+        scaled = [path for path, own in parameters.items() if len(own.get("weight", ())) == 1]
+        result |= {Site(path, slot): Full() for path in scaled for slot in parameters[path]}
     found: list[str] = []
     for name in modules_to_save:
         inside = [path for path in parameters if re.search(rf"(^|\.){re.escape(name)}(\.|$)", path)]
@@ -85,5 +91,5 @@ def companions(
     return result
 
 
-def _leaves(parameters: Mapping[str, Sequence[str]]) -> list[str]:
+def _leaves(parameters: Owned) -> list[str]:
     return [path.rpartition(".")[2] for path, own in parameters.items() if own]

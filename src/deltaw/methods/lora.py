@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from deltaw.core.adapter import Adapter, Factors, WeightAdapter, compute_dtype
 from deltaw.core.errors import did_you_mean
 from deltaw.core.host import HostSpec
-from deltaw.core.method import Method, Part, Site, register
+from deltaw.core.method import Method, Owned, Part, Site, register
 from deltaw.methods.full import companions
 
 
@@ -141,7 +141,7 @@ class LoRA(Method):
         fields = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
         return [(option, pattern) for option, patterns in fields.items() for pattern in patterns]
 
-    def companions(self, parameters: Mapping[str, Sequence[str]], targets: Sequence[str]) -> Mapping[Site, Method]:
+    def companions(self, parameters: Owned, targets: Sequence[str]) -> Mapping[Site, Method]:
         return companions(self.bias, self.modules_to_save, parameters, targets)
 
     def at(self, path: str, spec: HostSpec) -> Self:
