@@ -5,6 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, GPT2Config, LlamaConfig, Qwen3Config
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.pytorch_utils import Conv1D
 
 
@@ -12,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 class HostCase:
     make: Callable[[], nn.Module]
     inputs: Callable[[], Tensor]
+    linear: bool = True
+    """Is the output linear in the weights? Of a whole block it is not: changes of weights add up, those of outputs do not."""
 
     def net(self) -> "Net":
         return Net(self.make())
@@ -42,6 +49,59 @@ def _conv1d_of_gpt2() -> nn.Module:
     return layer
 
 
+class Rotated(nn.Module):
+    """A decoder layer that is called with its positions."""
+
+    def __init__(self, layer: nn.Module, head: int):
+        super().__init__()
+        self.block = layer
+        angles = torch.arange(16)[:, None] * 100.0 ** -(torch.arange(head // 2) / (head // 2))  # [T, d/2]
+        self.angles = torch.cat((angles, angles), dim=-1)  # no buffer: positions are not rounded with the weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = self.angles[None, : x.shape[1]]
+        positions = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+        return self.block(x, position_embeddings=positions, attention_mask=None)
+
+
+def _wide(block: nn.Module) -> nn.Module:
+    """Weights as large as those of a trained block: libraries start near zero."""
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.2)
+    return block
+
+
+GROUPED = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+
+
+def _llama_block() -> nn.Module:
+    config = LlamaConfig(**GROUPED, attention_bias=True, attn_implementation="sdpa")
+    return _wide(Rotated(LlamaDecoderLayer(config, 0), 8))
+
+
+def _qwen_block() -> nn.Module:
+    """Heads that are normalised, and together wider than the layer."""
+    config = Qwen3Config(**{**GROUPED, "num_attention_heads": 4, "num_key_value_heads": 2}, attn_implementation="sdpa")
+    return _wide(Rotated(Qwen3DecoderLayer(config, 0), 8))
+
+
+def _gpt2_block() -> nn.Module:
+    off = {"attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    return _wide(GPT2Block(GPT2Config(n_embd=24, n_head=3, n_inner=40, attn_implementation="sdpa", **off), 0))
+
+
+def _bert_block() -> nn.Module:
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(hidden_size=24, num_attention_heads=3, intermediate_size=40, attn_implementation="sdpa", **off)
+    return _wide(BertLayer(config, 0))
+
+
 HOSTS = {
     "linear": HostCase(lambda: nn.Linear(32, 48), lambda: torch.randn(2, 5, 32)),
     "linear-no-bias": HostCase(lambda: nn.Linear(37, 53, bias=False), lambda: torch.randn(7, 37)),
@@ -60,4 +120,8 @@ HOSTS = {
     "conv2d-depthwise": HostCase(lambda: nn.Conv2d(6, 12, 3, groups=6), lambda: torch.randn(2, 6, 7, 7)),
     "conv3d": HostCase(lambda: nn.Conv3d(2, 5, 2), lambda: torch.randn(2, 2, 4, 4, 4)),
     "layernorm": HostCase(lambda: nn.LayerNorm(32), lambda: torch.randn(2, 5, 32)),
+    "llama-block": HostCase(_llama_block, lambda: torch.randn(2, 5, 24), linear=False),
+    "qwen-block": HostCase(_qwen_block, lambda: torch.randn(2, 5, 24), linear=False),
+    "gpt2-block": HostCase(_gpt2_block, lambda: torch.randn(2, 5, 24), linear=False),
+    "bert-block": HostCase(_bert_block, lambda: torch.randn(2, 5, 24), linear=False),
 }

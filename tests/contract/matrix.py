@@ -4,6 +4,25 @@ NO_WEIGHT = "none of which can carry"
 NO_ROWS = "token rows belong to an embedding or a head"
 
 MATRIX: dict[str, dict[str, bool | str]] = {
+    "bottleneck": {
+        "linear": NO_WEIGHT,
+        "linear-no-bias": NO_WEIGHT,
+        "linear-one-output": NO_WEIGHT,
+        "linear-fused-qkv": NO_WEIGHT,
+        "conv1d-of-gpt2": NO_WEIGHT,
+        "embedding": NO_WEIGHT,
+        "conv1d": NO_WEIGHT,
+        "conv2d": NO_WEIGHT,
+        "conv2d-circular": NO_WEIGHT,
+        "conv2d-grouped": NO_WEIGHT,
+        "conv2d-depthwise": NO_WEIGHT,
+        "conv3d": NO_WEIGHT,
+        "layernorm": NO_WEIGHT,
+        "llama-block": True,
+        "qwen-block": True,
+        "gpt2-block": True,
+        "bert-block": True,
+    },
     "dora": {
         "linear": True,
         "linear-no-bias": True,
@@ -18,6 +37,10 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "conv2d-depthwise": True,
         "conv3d": True,
         "layernorm": NO_WEIGHT,
+        "llama-block": NO_WEIGHT,
+        "qwen-block": NO_WEIGHT,
+        "gpt2-block": NO_WEIGHT,
+        "bert-block": NO_WEIGHT,
     },
     "full": {
         "linear": True,
@@ -33,6 +56,29 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "conv2d-depthwise": True,
         "conv3d": True,
         "layernorm": True,
+        "llama-block": True,
+        "qwen-block": True,
+        "gpt2-block": True,
+        "bert-block": True,
+    },
+    "llama_adapter": {
+        "linear": NO_WEIGHT,
+        "linear-no-bias": NO_WEIGHT,
+        "linear-one-output": NO_WEIGHT,
+        "linear-fused-qkv": NO_WEIGHT,
+        "conv1d-of-gpt2": NO_WEIGHT,
+        "embedding": NO_WEIGHT,
+        "conv1d": NO_WEIGHT,
+        "conv2d": NO_WEIGHT,
+        "conv2d-circular": NO_WEIGHT,
+        "conv2d-grouped": NO_WEIGHT,
+        "conv2d-depthwise": NO_WEIGHT,
+        "conv3d": NO_WEIGHT,
+        "layernorm": NO_WEIGHT,
+        "llama-block": True,
+        "qwen-block": True,
+        "gpt2-block": True,
+        "bert-block": True,
     },
     "lora": {
         "linear": True,
@@ -48,6 +94,10 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "conv2d-depthwise": True,
         "conv3d": True,
         "layernorm": NO_WEIGHT,
+        "llama-block": NO_WEIGHT,
+        "qwen-block": NO_WEIGHT,
+        "gpt2-block": NO_WEIGHT,
+        "bert-block": NO_WEIGHT,
     },
     "token_rows": {
         "linear": True,
@@ -63,12 +113,18 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "conv2d-depthwise": NO_ROWS,
         "conv3d": NO_ROWS,
         "layernorm": NO_WEIGHT,
+        "llama-block": NO_WEIGHT,
+        "qwen-block": NO_WEIGHT,
+        "gpt2-block": NO_WEIGHT,
+        "bert-block": NO_WEIGHT,
     },
 }
 
 COUNT = {  # trainable parameters at one weight [m, n, *kernel] with rank r; `extra` counts the layer's bias
+    "bottleneck": lambda m, n, kernel, r, extra: 2 * n * r + extra,  # extra: biases, where the placement has them
     "dora": lambda m, n, kernel, r, extra: r * (n * kernel + m) + m,
     "full": lambda m, n, kernel, r, extra: m * n * kernel + extra,
+    "llama_adapter": lambda m, n, kernel, r, extra: r * n + m,  # r tokens and one gate for each of m heads
     "lora": lambda m, n, kernel, r, extra: r * (n * kernel + m),
     "token_rows": lambda m, n, kernel, r, extra: r * n,  # r rows of n numbers
 }

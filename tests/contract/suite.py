@@ -8,12 +8,15 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from contract.hosts import HostCase, Net
-from deltaw.core.attach import attach, detach, extract, insert
+from deltaw.core.adapter import WeightAdapter
+from deltaw.core.attach import adapters, attach, detach, extract, insert
+from deltaw.core.errors import MergeError, UseError
 from deltaw.core.merge import merge, unmerge
 from deltaw.core.method import Method
 from deltaw.core.route import use
@@ -48,6 +51,35 @@ def apart(a: Tensor, b: Tensor) -> None:
     assert float((a - b).detach().abs().max()) > 1e-3
 
 
+def weights_hold_it(net: nn.Module, name: str = "default") -> bool:
+    """Does the adapter have a ΔW? If not, everything that needs one must be refused, and nothing be touched by that."""
+    return all(isinstance(adapter, WeightAdapter) for adapter in adapters(net, name).values())
+
+
+def with_weights(net: nn.Module, strengths: dict[str, float]) -> nn.Module:
+    """The plain net with W + Σ w·ΔW as its weights."""
+    plain = copy.deepcopy(net)
+    for name in strengths:
+        detach(plain, name)
+    base = plain.state_dict()
+    total = {key: value.clone() for key, value in base.items()}
+    for name, w in strengths.items():
+        one = copy.deepcopy(net)
+        merge(one, name, keep_base=True)
+        for key, value in total.items():
+            value += w * (one.state_dict()[key] - base[key])
+    plain.load_state_dict(total)
+    return plain
+
+
+def refuses_to_merge(net: nn.Module, name: str = "default") -> None:
+    weights = {key: value.clone() for key, value in net.state_dict().items()}
+    for keep in (False, True):
+        with pytest.raises(MergeError, match=r"has no ΔW, no weight can hold it"):
+            merge(net, name, keep_base=keep)
+    assert all(torch.equal(value, weights[key]) for key, value in net.state_dict().items())
+
+
 @torch.no_grad()
 def identity_at_start(method: Method, case: HostCase) -> None:
     net, x = case.net(), case.inputs()
@@ -63,6 +95,10 @@ def merge_is_forward(method: Method, case: HostCase) -> None:
         base = net(x)
     live = net(x)
     apart(live, base)
+    if not weights_hold_it(net):
+        refuses_to_merge(net)
+        assert torch.equal(net(x), live)
+        return
     report = merge(net)
     assert type(net.layer) is type(case.make()) and report.changed == report.weights >= 1
     near(net(x), live)
@@ -75,8 +111,12 @@ def strength_scales_the_change(method: Method, case: HostCase) -> None:
     with use(net, {}):
         base = net(x)
     for w in (0.5, -1.0, 2.0):
+        if not weights_hold_it(net):
+            with pytest.raises(UseError, match=r"without a ΔW .* is 0 or 1"):
+                use(net, {"default": w})
+            continue
         with use(net, {"default": w}):
-            near(net(x), base + w * (live - base))
+            near(net(x), base + w * (live - base) if case.linear else with_weights(net, {"default": w})(x))
     with use(net, {"default": 0.0}):
         assert torch.equal(net(x), base)
     assert torch.equal(net(x), live)
@@ -92,7 +132,14 @@ def two_live_add_up(method: Method, case: HostCase) -> None:
             outputs.append(net(x))
     base, a, b, both = outputs
     apart(a, b)
-    near(both, a + b - base)
+    if not weights_hold_it(net, "a"):  # their changes do not add: one reads what the other wrote
+        apart(both, a)
+        apart(both, b)
+        detach(net, "b")
+        with use(net, "a"):
+            assert torch.equal(net(x), a)
+        return
+    near(both, a + b - base if case.linear else with_weights(net, {"a": 1.0, "b": 1.0})(x))
     merge(net, "a", keep_base=True)
     with use(net, {"b": 1.0}):  # a is in the weights, b beside them
         near(net(x), both)
@@ -108,6 +155,11 @@ def unmerge_is_exact(method: Method, case: HostCase) -> None:
     net, x = tuned(method, case), case.inputs()
     weights = {path: parameter.clone() for path, parameter in net.named_parameters()}
     live = net(x)
+    if not weights_hold_it(net):
+        refuses_to_merge(net)
+        with pytest.raises(MergeError, match=r"nothing to unmerge"):
+            unmerge(net)
+        return
     for _ in range(2):
         merge(net, keep_base=True)
         assert any(not torch.equal(parameter, weights[path]) for path, parameter in net.named_parameters())
@@ -179,8 +231,9 @@ def deepcopy_is_independent(method: Method, case: HostCase) -> None:
     assert torch.equal(net(x), live)
     detach(other)
     assert torch.equal(net(x), live)
-    merge(net)
-    near(net(x), live)
+    if weights_hold_it(net):
+        merge(net)
+        near(net(x), live)
 
 
 @torch.no_grad()
@@ -236,6 +289,8 @@ def bf16_base_fp32_adapter(method: Method, case: HostCase) -> None:
     expected.load_state_dict({k: v.float() for k, v in net.state_dict().items() if ".adapters." not in k})
     insert(expected, state)
     near(y.float(), expected(x.float() if x.is_floating_point() else x), 3e-2)
+    if not weights_hold_it(net):
+        return
     weights = {path: parameter.clone() for path, parameter in net.named_parameters()}
     merge(net, keep_base=True)
     near(net(x).float(), y.float(), 3e-2)

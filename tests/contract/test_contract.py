@@ -15,6 +15,7 @@ from deltaw.core.attach import attach
 from deltaw.core.errors import TargetError
 from deltaw.core.host import HostSpec, host_of
 from deltaw.core.method import Method, get, names
+from deltaw.core.plan import Target
 from deltaw.core.route import use
 from deltaw.core.targets import plan
 from deltaw.methods.lora import LoRA, LoRAAdapter
@@ -51,6 +52,10 @@ def configs(name: str, case: HostCase) -> dict[str, Method]:
         found["rs"] = make(rank=4, alpha=6.0, rslora=True)
     if has(name, "tokens"):
         found["rows"] = make(tokens=tokens(case))
+    if has(name, "placement"):
+        found |= {place: make(placement=place, rank=5) for place in ("houlsby", "pfeiffer", "parallel")}
+    if has(name, "length"):
+        found["one"] = make(length=1)
     return found
 
 
@@ -76,6 +81,11 @@ EVERY = [
     for label, method in configs(name, HOSTS[host]).items()
 ]
 ONE = [pytest.param(main(name, HOSTS[host]), HOSTS[host], id=f"{name}-{host}") for name, host in PAIRS]
+ONE += [
+    pytest.param(configs(name, HOSTS[host])["parallel"], HOSTS[host], id=f"{name}-{host}-parallel")
+    for name, host in PAIRS
+    if has(name, "placement")
+]
 
 
 def test_matrix_is_complete() -> None:
@@ -84,9 +94,9 @@ def test_matrix_is_complete() -> None:
     assert all(list(row) == list(HOSTS) for row in MATRIX.values())
     assert sorted(COUNT) == OURS
     assert (len(MATRIX), len(HOSTS), sum(value is True for row in MATRIX.values() for value in row.values())) == (
-        4,
-        13,
-        43,
+        6,
+        17,
+        55,
     )
 
 
@@ -112,6 +122,14 @@ def test_one_config(check: suite.Check, method: Method, case: HostCase) -> None:
     check(method, case)
 
 
+def forward_only_count(target: Target) -> int:
+    """COUNT of one adapter on a sublayer [m, n]: its rank is its width or its number of tokens."""
+    method: Any = target.method
+    rank = method.rank if hasattr(method, "rank") else method.length
+    biases = 0 if getattr(method, "placement", "") == "parallel" else rank + target.spec.shape[0]
+    return COUNT[method.name](*target.spec.shape, 1, rank, biases)
+
+
 @pytest.mark.parametrize(("method", "case"), EVERY)
 def test_trainable_count_is_the_formula(method: Method, case: HostCase) -> None:
     """T1: r(m + n), with the kernel on the input side; and that is what the plan said."""
@@ -120,8 +138,11 @@ def test_trainable_count_is_the_formula(method: Method, case: HostCase) -> None:
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     host, bias = host_of(net.layer), getattr(net.layer, "bias", None)
     extra = 0 if bias is None else bias.numel()
-    if host is None:
-        spec, extra = HostSpec((net.layer.weight.numel(), 1)), extra
+    if planned.targets[0].site.slot in ("output", "heads"):
+        assert trainable == planned.trainable == sum(forward_only_count(target) for target in planned.targets)
+        return
+    if host is None:  # trained whole
+        spec, extra = HostSpec((sum(p.numel() for p in net.layer.parameters() if not p.requires_grad), 1)), 0
     else:
         spec = host.spec
     rank = len(method.tokens) if hasattr(method, "tokens") else getattr(method, "rank", None)

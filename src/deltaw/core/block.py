@@ -83,11 +83,16 @@ class AttentionHost(BlockHost):
         raise NotImplementedError
 
 
+def turn() -> Any:
+    """Threads take turns: around all that reads a module's children and then puts functions in their places."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else TURNS
+
+
 @contextlib.contextmanager
 def shadowed(module: nn.Module, **children: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Run the module with functions in the place of some children; several nest. Threads take turns."""
+    """Run the module with functions in the place of some children; several nest."""
     there = module.__dict__  # an entry here is found before the child itself, which stays where it is
-    with contextlib.nullcontext() if torch.compiler.is_compiling() else TURNS:
+    with turn():
         before = {name: there[name] for name in children if name in there}
         try:
             for name, function in children.items():

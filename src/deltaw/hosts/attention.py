@@ -6,8 +6,8 @@
     GPT-2              first third of c_attn x      the other thirds                    c_proj (and its dropout)
     BERT, …            query x                      key, value                          the module's own output
 
-All go through the layer's modules, so adapters on them and quantised weights count. The queries are computed once: the
-module's forward is handed the same projection.
+All go through the layer's modules, so adapters on them and quantised weights count. The input is projected once: the
+module's own forward is handed the result.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.core.block import AttentionHost, shadowed
+from deltaw.core.block import AttentionHost, shadowed, turn
 from deltaw.core.host import HostSpec, register
 from deltaw.hosts.block import BERT, LLAMA, classes
 
 More = Callable[[Tensor], Tensor]
+
+
+def once(project: More, x: Tensor) -> tuple[Tensor, More]:
+    """x projected, and the projection as a function that does not compute that again."""
+    projected = project(x)
+    return projected, lambda other: projected if other is x else project(other)
 
 
 class ScaledAttentionHost(AttentionHost):
@@ -46,14 +52,15 @@ class RotaryAttentionHost(ScaledAttentionHost):
             args[0] if args else kwargs["hidden_states"],
             args[1] if len(args) > 1 else kwargs["position_embeddings"],
         )
-        m, o_proj = self.module, self.module.o_proj
-        projected = m.q_proj(hidden)
-        queries = self._normed("q_norm", projected)  # [B, heads, T, d]
-        left, right = queries.chunk(2, dim=-1)
-        queries = queries * cos.unsqueeze(1) + torch.cat((-right, left), dim=-1) * sin.unsqueeze(1)
-        heads = more(queries)
-        with shadowed(m, q_proj=lambda _: projected, o_proj=lambda x: o_proj(x + heads)):
-            return call(*args, **kwargs)
+        m = self.module
+        with turn():
+            (projected, q_proj), o_proj = once(m.q_proj, hidden), m.o_proj
+            queries = self._normed("q_norm", projected)  # [B, heads, T, d]
+            left, right = queries.chunk(2, dim=-1)
+            queries = queries * cos.unsqueeze(1) + torch.cat((-right, left), dim=-1) * sin.unsqueeze(1)
+            heads = more(queries)
+            with shadowed(m, q_proj=q_proj, o_proj=lambda x: o_proj(x + heads)):
+                return call(*args, **kwargs)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.module.head_dim)).transpose(1, 2)
@@ -76,11 +83,12 @@ class FusedAttentionHost(ScaledAttentionHost):
         return keys, values
 
     def around(self, call: Callable[..., Any], more: More, *args: Any, **kwargs: Any) -> Any:
-        m, c_proj = self.module, self.module.c_proj
-        projected = m.c_attn(args[0] if args else kwargs["hidden_states"])
-        heads = more(self._split(projected.chunk(3, dim=-1)[0]))
-        with shadowed(m, c_attn=lambda _: projected, c_proj=lambda x: c_proj(x + heads)):
-            return call(*args, **kwargs)
+        m = self.module
+        with turn():
+            (projected, c_attn), c_proj = once(m.c_attn, args[0] if args else kwargs["hidden_states"]), m.c_proj
+            heads = more(self._split(projected.chunk(3, dim=-1)[0]))
+            with shadowed(m, c_attn=c_attn, c_proj=lambda x: c_proj(x + heads)):
+                return call(*args, **kwargs)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.module.num_heads, -1)).transpose(1, 2)
@@ -104,10 +112,11 @@ class PlainAttentionHost(ScaledAttentionHost):
 
     def around(self, call: Callable[..., Any], more: More, *args: Any, **kwargs: Any) -> Any:
         m = self.module
-        projected = m.query(args[0] if args else kwargs["hidden_states"])
-        heads = more(self._split(projected))
-        with shadowed(m, query=lambda _: projected):
-            output, *rest = call(*args, **kwargs)
+        with turn():
+            projected, query = once(m.query, args[0] if args else kwargs["hidden_states"])
+            heads = more(self._split(projected))
+            with shadowed(m, query=query):
+                output, *rest = call(*args, **kwargs)
         return (output + heads, *rest)
 
     def _split(self, x: Tensor) -> Tensor:

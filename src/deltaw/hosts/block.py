@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deltaw.core.block import FeedForwardHost, SublayerHost, shadowed
+from deltaw.core.block import FeedForwardHost, SublayerHost, shadowed, turn
 from deltaw.core.host import register
 
 LLAMA = [("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3")]
@@ -62,9 +62,10 @@ class ResidualInsideHost(SublayerHost):
         return int(self.module.LayerNorm.normalized_shape[0])
 
     def after(self, call: Callable[..., Any], change: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        dropout = self.module.dropout
-        with shadowed(self.module, dropout=lambda y: change(dropout(y))):
-            return call(*args, **kwargs)
+        with turn():
+            dropout = self.module.dropout
+            with shadowed(self.module, dropout=lambda y: change(dropout(y))):
+                return call(*args, **kwargs)
 
 
 @register(*classes(BERT, "Output"))
