@@ -93,7 +93,8 @@ def test_files_hold_it_to_the_bit(family: str, method: Method, tmp_path: Path) -
     model = adapted(family, method)
     live = model(input_ids=IDS).logits
     deltaw.save(model, tmp_path / "it")
-    assert not (tmp_path / "it" / "adapter_config.json").exists()  # nobody takes it for something of PEFT's
+    theirs = json.loads((tmp_path / "it" / "adapter_config.json").read_text())["peft_type"]
+    assert theirs == f"DELTAW_{method.name.upper()}"  # nobody takes it for something of PEFT's
     assert json.loads((tmp_path / "it" / "deltaw.json").read_text())["layout"] == "native"
     fresh = model_of(family)
     report = deltaw.load(fresh, tmp_path / "it")
