@@ -132,7 +132,7 @@ def test_option_list_is_frozen() -> None:
     ]  # fmt: skip
     assert [f.name for f in dataclasses.fields(schema.DataConfig)] == [
         "train", "eval", "columns", "pattern", "template", "tokens", "max_length", "overflow", "train_on_prompt", "turns", "pairs",
-        "packing",
+        "streaming", "packing",
     ]  # fmt: skip
 
 

@@ -38,6 +38,8 @@ class Source:
     """Regular expression with named groups for the lines of a .txt file, or the field `text`."""
     weight: float = 1.0
     """How often each row is taken: 2 is twice, 0.5 a fixed half of the rows."""
+    rows: int | None = None
+    """Only the first so many rows."""
     subset: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
@@ -48,6 +50,7 @@ class Source:
     def invalid(self) -> list[str]:
         """Values of the right type that are still impossible, a sentence each."""
         found = [] if 0 < self.weight < math.inf else [f"weight={self.weight!r} must be above 0"]
+        found += [f"rows={self.rows!r} must be at least 1"] if self.rows is not None and self.rows < 1 else []
         return found + invalid_pattern(self.pattern)
 
 
@@ -76,6 +79,8 @@ class DataConfig:
     """Which of the assistant's turns are learnt; a turn with `train: false` never is."""
     pairs: Literal["chosen"] | None = None
     """Of preference and judged rows learn the wanted answers; without it such rows are refused."""
+    streaming: bool = False
+    """Read rows one at a time and keep their tokens on disk, for data larger than memory; the run is the same to the bit."""
     packing: bool | Literal["auto"] = "auto"
     """Let short rows of a batch share a line: auto = where the model keeps them apart. Changes speed, never what a step learns."""
 

@@ -1,8 +1,9 @@
 """Rows → encoded rows and a report that accounts for every one of them; a split that stays when rows are added."""
 
 import hashlib
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,60 +67,81 @@ def encode_rows(
     objective: sft learns answers, text learns raw texts; rows of the other kind are refused. pairs="chosen" learns the
     better answers of preference rows and the wanted ones of judged rows, which are refused without it.
     """
-    _fitting(rows, objective, pairs)
-    if tokenizer.chat_template and objective == "sft":
-        stop_token_trained(tokenizer)  # a template that never stops is one fault of the base, not one of each row
-    encoded: list[Encoded] = []
-    lengths: list[int] = []
-    dropped: Counter[str] = Counter()
-    for row in rows.rows:
+    fitting({part.form for part in rows.parts} or {rows.form}, rows.source, objective, pairs)
+    encoder = Encoder(tokenizer, policy, objective)
+    encoded = [piece for row in rows.rows for piece in encoder.add(row)]
+    return encoded, encoder.report(rows.parts, rows.source)
+
+
+class Encoder:
+    """Encodes rows one by one and keeps the account of them."""
+
+    def __init__(self, tokenizer: Any, policy: Policy, objective: str = "sft"):
+        self.tokenizer, self.policy = tokenizer, policy
+        if tokenizer.chat_template and objective == "sft":
+            stop_token_trained(tokenizer)  # a template that never stops is one fault of the base, not one of each row
+        self._lengths = array("q")
+        self._dropped: Counter[str] = Counter()
+        self._rows = self._kept = self._cut = self._tokens = self._supervised = 0
+
+    def add(self, row: Example) -> list[Encoded]:
+        """The tokens of a row: nothing where it is left out, several pieces of a text."""
+        self._rows += 1
         if row.good is False:
-            dropped["judged unwanted"] += 1
-            continue
-        result = encode(row, tokenizer, policy)
-        if isinstance(result, list):
-            encoded += result
-            lengths += [len(piece.ids) + piece.cut for piece in result]
-        else:
-            dropped[result.reason] += 1
-            lengths.append(result.length)
-    report = DataReport(
-        parts=rows.parts,
-        rows=len(rows),
-        kept=len(encoded),
-        cut=sum(row.cut > 0 for row in encoded),
-        dropped=dict(dropped),
-        total_tokens=sum(len(row.ids) for row in encoded),
-        supervised_tokens=sum(row.supervised for row in encoded),
-        longest=max(lengths, default=0),
-        percentiles=_percentiles(lengths),
-        histogram=dict(sorted(Counter(1 << max(length - 1, 0).bit_length() for length in lengths).items())),
-    )
-    if not encoded:
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items()) or "there is none"
-        raise DataError(
-            f"{rows.source}: no row is left to learn from, of {len(rows):,} ({reasons}); the shortest has "
-            f"{min(lengths, default=0):,} tokens, the longest {report.longest:,}: raise data.max_length, set "
-            "data.overflow to cut, or shorten the rows"
+            self._dropped["judged unwanted"] += 1
+            return []
+        result = encode(row, self.tokenizer, self.policy)
+        if not isinstance(result, list):
+            self._dropped[result.reason] += 1
+            self._lengths.append(result.length)
+            return []
+        for piece in result:
+            self._lengths.append(len(piece.ids) + piece.cut)
+            self._cut += piece.cut > 0
+            self._tokens += len(piece.ids)
+            self._supervised += piece.supervised
+        self._kept += len(result)
+        return result
+
+    def report(self, parts: tuple[Part, ...], source: str) -> DataReport:
+        """The account of all rows. DataError where none is left."""
+        lengths = self._lengths
+        if not self._kept:
+            reasons = ", ".join(f"{reason}: {count:,}" for reason, count in self._dropped.items()) or "there is none"
+            raise DataError(
+                f"{source}: no row is left to learn from, of {self._rows:,} ({reasons}); the shortest has "
+                f"{min(lengths, default=0):,} tokens, the longest {max(lengths, default=0):,}: raise data.max_length, set "
+                "data.overflow to cut, or shorten the rows"
+            )
+        return DataReport(
+            parts=parts,
+            rows=self._rows,
+            kept=self._kept,
+            cut=self._cut,
+            dropped=dict(self._dropped),
+            total_tokens=self._tokens,
+            supervised_tokens=self._supervised,
+            longest=max(lengths),
+            percentiles=_percentiles(lengths),
+            histogram=dict(sorted(Counter(1 << max(length - 1, 0).bit_length() for length in lengths).items())),
         )
-    return encoded, report
 
 
-def _fitting(rows: Rows, objective: str, pairs: str | None) -> None:
-    forms = {part.form for part in rows.parts} or {rows.form}
-    texts = forms & {"text"}
-    if objective == "text" and forms != texts:
+def fitting(forms: Collection[str], source: str, objective: str, pairs: str | None) -> None:
+    """DataError where rows of these forms cannot be learnt from in this way."""
+    texts = set(forms) & {"text"}
+    if objective == "text" and set(forms) != texts:
         raise DataError(
-            f"{rows.source}: objective text learns raw texts, these rows are {', '.join(sorted(forms - texts))}: use sft"
+            f"{source}: objective text learns raw texts, these rows are {', '.join(sorted(set(forms) - texts))}: use sft"
         )
     if objective == "sft" and texts:
         raise DataError(
-            f"{rows.source}: raw `text` has no answer to supervise: set train.objective to text to learn all of it, or "
+            f"{source}: raw `text` has no answer to supervise: set train.objective to text to learn all of it, or "
             "data.pattern to take it apart into prompt and completion"
         )
-    if forms & {"preference", "judged"} and pairs != "chosen":
+    if set(forms) & {"preference", "judged"} and pairs != "chosen":
         raise DataError(
-            f"{rows.source}: preference and judged rows also hold answers that are not wanted: set data.pairs to chosen "
+            f"{source}: preference and judged rows also hold answers that are not wanted: set data.pairs to chosen "
             "to learn the better ones only"
         )
 
@@ -165,7 +187,7 @@ def _split_text(rows: Rows, share: float) -> tuple[Rows, Rows]:
     return train, evaluated
 
 
-def _percentiles(lengths: list[int]) -> dict[int, int]:
+def _percentiles(lengths: Sequence[int]) -> dict[int, int]:
     """Nearest-rank: the smallest length that this share of the rows does not exceed."""
     order = sorted(lengths)
     return {percent: order[-(-len(order) * percent // 100) - 1] for percent in PERCENTILES} if order else {}

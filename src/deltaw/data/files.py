@@ -7,6 +7,7 @@
 .txt              one text; or with a pattern a record per line, its named groups the fields
 """
 
+import codecs
 import csv
 import io
 import json
@@ -89,7 +90,11 @@ def matched(record: Record, pattern: str) -> Record | str:
 
 
 def _file(path: Path, lines: bool) -> Iterator[Record | str]:
+    by_line = {".jsonl": _objects, ".txt": _texts if lines else None}.get(path.suffix)
     try:
+        if by_line is not None:
+            yield from by_line(path, _numbered(path))
+            return
         text = _text(path)
     except OSError as error:
         yield f"{path.name} cannot be read: {error.strerror or error}"
@@ -101,12 +106,8 @@ def _file(path: Path, lines: bool) -> Iterator[Record | str]:
     if not text.strip():
         yield f"{path.name} is empty: no row in it"
         return
-    if path.suffix == ".jsonl":
-        yield from _lines(path, text)
-        return
     if path.suffix == ".txt":
-        parts = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1)] if lines else [(1, text)]
-        yield from (Record({"text": part}, n, f"{path.name} line {n}") for n, part in parts if part.strip())
+        yield Record({"text": text}, 1, f"{path.name} line 1")
         return
     if path.suffix in (".csv", ".tsv"):
         yield from _table(path, text)
@@ -115,7 +116,7 @@ def _file(path: Path, lines: bool) -> Iterator[Record | str]:
         whole = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # objects one after the other: JSON lines under the name .json
-            yield from _lines(path, text)
+            yield from _objects(path, iter(enumerate(text.split("\n"), 1)))
             return
         yield f"{path.name} line {error.lineno} is not JSON: {error.msg} at column {error.colno}"
         return
@@ -131,24 +132,46 @@ def _text(path: Path) -> str:
     return path.read_bytes().decode("utf-8-sig")  # with or without a byte order mark
 
 
-def _lines(path: Path, text: str) -> Iterator[Record | str]:
-    # Not splitlines(): it also cuts at characters that JSON allows inside a string, such as U+2028.
-    for number, line in enumerate(text.split("\n"), 1):
+def _numbered(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file, one in memory at a time; at a line feed only, JSON allows U+2028 inside a string."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode("utf-8")
+            except UnicodeDecodeError as error:  # as if the whole file had been decoded: the place tells the line
+                raise UnicodeDecodeError(
+                    "utf-8", b"\n" * (number - 1) + line, number - 1, number, error.reason
+                ) from None
+
+
+def _objects(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Record | str]:
+    first = ""
+    for number, line in lines:
         if not line.strip():
             continue
+        first = first or line.lstrip()[:1]
         where = f"{path.name} line {number}"
         try:
             fields = json.loads(line)
         except json.JSONDecodeError as error:
-            yield f"{where} is not JSON: {error.msg} at column {error.colno}{_hint(text)}"
-            if text.lstrip().startswith("["):
+            hint = "; the file is one list: name it .json" if first == "[" else ""
+            yield f"{where} is not JSON: {error.msg} at column {error.colno}{hint}"
+            if first == "[":
                 return  # a list over several lines: each of them would be a fault
             continue
         yield _record(fields, number, where)
+    if not first:
+        yield f"{path.name} is empty: no row in it"
 
 
-def _hint(text: str) -> str:
-    return "; the file is one list: name it .json" if text.lstrip().startswith("[") else ""
+def _texts(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Record | str]:
+    empty = True
+    for number, line in lines:
+        if line.strip():
+            empty = False
+            yield Record({"text": line.strip()}, number, f"{path.name} line {number}")
+    if empty:
+        yield f"{path.name} is empty: no row in it"
 
 
 def _record(fields: Any, number: int, where: str) -> Record | str:
@@ -182,7 +205,7 @@ def _parquet(path: Path) -> Iterator[Record | str]:
     yield from loaded(str(path), path.name, ("parquet",), {"data_files": str(path), "split": "train"})
 
 
-def loaded(shown: str, short: str, given: Sequence[str], options: Mapping[str, str]) -> Iterator[Record | str]:
+def loaded(shown: str, short: str, given: Sequence[str], options: Mapping[str, Any]) -> Iterator[Record | str]:
     """The records of whatever `datasets.load_dataset(*given, **options)` reads."""
     try:
         import datasets

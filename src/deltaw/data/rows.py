@@ -5,9 +5,10 @@ The form of the rows (`deltaw.data.forms`) is seen from the rows themselves and 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from deltaw.config.schema import Source
 from deltaw.core.errors import DataError, faults
 from deltaw.data import sources
 from deltaw.data.conversation import Example
@@ -67,26 +68,38 @@ def read_rows(given: Given | Sequence[Given]) -> Rows:
     return Rows(parts[0].form, rows, name, tuple(parts))
 
 
-def _read(source: sources.Source) -> tuple[Form | None, list[Example], list[str]]:
+def _read(source: Source) -> tuple[Form | None, list[Example], list[str]]:
     form: Form | None = None
-    first, rows, found = "", [], []
-    for record in sources.read(source):
+    rows, found = [], []
+    for one in examples(source):
+        if isinstance(one, str):
+            found.append(one)
+        else:
+            form, row = one
+            rows.append(row)
+    return form, rows, found
+
+
+def examples(source: Source, streaming: bool = False) -> Iterator[tuple[Form, Example] | str]:
+    """The rows of a source one by one, with their form; in the place of one that cannot be used, the fault."""
+    form: Form | None = None
+    first = ""
+    for record in sources.read(source, streaming):
         if isinstance(record, str):
-            found.append(record)
+            yield record
             continue
         here, fault = detect(record.fields)
         if here is None:
-            found.append(f"{record.where}: {fault}")
+            yield f"{record.where}: {fault}"
             continue
         if form is None:
             form, first = here, record.where
         if here != form:
-            found.append(f"{record.where} is {here}, but {first} is {form}: write all rows of one source in one form")
+            yield f"{record.where} is {here}, but {first} is {form}: write all rows of one source in one form"
             continue
         row, wrong = example(here, record.fields, record.line, record.where)
-        found += [f"{record.where}: {fault}" for fault in wrong]
-        rows.append(row)
-    return form, rows, found
+        yield from (f"{record.where}: {fault}" for fault in wrong)
+        yield here, row
 
 
 def place(row: Example, salt: str = "") -> float:

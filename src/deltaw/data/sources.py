@@ -8,6 +8,7 @@
 `columns` maps our fields to those of the file, `pattern` takes a text apart, `weight` repeats rows or leaves some out.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,20 +33,27 @@ def named(given: Given) -> Source:
     return _described(Path(file), entry, source) if file else source
 
 
-def read(source: Source) -> Iterator[Record | str]:
-    """The records of a source under our field names; in the place of one that cannot be read, the fault."""
-    for record in _records(source):
+def read(source: Source, streaming: bool = False) -> Iterator[Record | str]:
+    """The records of a source under our field names; in the place of one that cannot be read, the fault.
+
+    streaming: of a hub id fetch no more than what is read.
+    """
+    for record in itertools.islice(_records(source, streaming), source.rows):
         found = record if isinstance(record, str) else _renamed(record, source)
         if source.pattern is not None and isinstance(found, Record):
             found = matched(found, source.pattern)
         yield found
 
 
-def _records(source: Source) -> Iterator[Record | str]:
+def _records(source: Source, streaming: bool) -> Iterator[Record | str]:
     path = Path(source.path)
     hub = HUB.fullmatch(source.path) and path.suffix not in SUFFIXES and not path.parent.is_dir()
     if hub and not path.exists():
-        options = {"split": source.split, **({"name": source.subset} if source.subset else {})}
+        options: dict[str, Any] = {
+            "split": source.split,
+            "streaming": streaming,
+            **({"name": source.subset} if source.subset else {}),
+        }
         yield from loaded(f"the data set {source.path!r}", source.path, (source.path,), options)
         return
     for file in data_files([path]):

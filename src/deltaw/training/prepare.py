@@ -4,18 +4,20 @@ config → sources → rows → (tokenizer, template) → encoded rows, report
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deltaw.config.schema import Config, DataConfig, Source
 from deltaw.core.errors import ConfigError
-from deltaw.data.dataset import DataReport, encode_rows, split
+from deltaw.data.dataset import DataReport, Encoder, encode_rows, split
 from deltaw.data.encode import Encoded, Policy
 from deltaw.data.kept import TEMPLATE, Tokens, add_tokens, kept_tokens
 from deltaw.data.preview import preview
 from deltaw.data.rows import Rows, read_rows
 from deltaw.data.sources import named
+from deltaw.data.stream import Side, stream
 from deltaw.data.template import template
 from deltaw.models.base import DEFAULT_LENGTH, load_tokenizer
 
@@ -25,9 +27,9 @@ class Prepared:
     """What a run learns from, and what it is held against."""
 
     tokenizer: Any
-    encoded: list[Encoded]
+    encoded: Sequence[Encoded]
     report: DataReport
-    held_out: list[Encoded]
+    held_out: Sequence[Encoded]
     held_out_rows: Rows | None
     held_out_report: DataReport | None
     policy: Policy
@@ -56,17 +58,11 @@ class Prepared:
 
 def prepare(config: Config) -> Prepared:
     """Read, split and encode the rows. Raises DataError, ConfigError, FileError (the tokenizer)."""
-    d = config.data
+    d, objective = config.data, config.train.objective
     parent = None if config.adapter.start is None else Path(config.adapter.start)
     given = d.template or (str(parent / TEMPLATE) if parent and (parent / TEMPLATE).is_file() else None)
     chat = template(given) if given else None
-    rows, held_out = read_rows(_sources(d, d.train)), None
-    if isinstance(d.eval, float):
-        unwanted = [row for row in rows.rows if row.good is False]  # counted, but not drawn for either side
-        rows, held_out = split(dataclasses.replace(rows, rows=[r for r in rows.rows if r.good is not False]), d.eval)
-        rows = dataclasses.replace(rows, rows=rows.rows + unwanted)
-    elif d.eval:
-        held_out = read_rows(_sources(d, d.eval))
+    sides = [] if d.streaming else _read(d)  # faults of rows come before a tokenizer is looked for
     tokenizer, limit = load_tokenizer(config.model)
     if d.max_length is not None and limit is not None and d.max_length > limit:
         raise ConfigError(f"data.max_length={d.max_length} is more than {config.model!r} reads: at most {limit} tokens")
@@ -76,17 +72,41 @@ def prepare(config: Config) -> Prepared:
     policy = Policy(
         d.max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH), d.train_on_prompt, d.turns, d.overflow
     )
-    encoded, report = encode_rows(rows, tokenizer, policy, objective=config.train.objective, pairs=d.pairs)
-    evaluated: list[Encoded] = []
-    held_report = None
-    if held_out is not None:
-        evaluated, held_report = encode_rows(
-            held_out, tokenizer, policy, objective=config.train.objective, pairs=d.pairs
-        )
-    return Prepared(tokenizer, encoded, report, evaluated, held_out, held_report, policy, chat is not None, tokens)
+    if d.streaming:
+        first, second = _streamed(config, tokenizer, policy)
+    else:
+        found = [Side(*encode_rows(r, tokenizer, policy, objective=objective, pairs=d.pairs), r) for r in sides]
+        first, second = found[0], found[1] if len(found) > 1 else None
+    return Prepared(
+        tokenizer, first.encoded, first.report, second.encoded if second else (), second.rows if second else None,
+        second.report if second else None, policy, chat is not None, tokens,
+    )  # fmt: skip
 
 
-def _sources(data: DataConfig, given: str | Source | tuple[str | Source, ...]) -> list[Source]:
+def _read(d: DataConfig) -> list[Rows]:
+    """Training rows, and held-out ones where there are any."""
+    rows = read_rows(_sources(d, d.train))
+    if not isinstance(d.eval, float):
+        return [rows, read_rows(_sources(d, d.eval))] if d.eval else [rows]
+    unwanted = [row for row in rows.rows if row.good is False]  # counted, but not drawn for either side
+    rows, held_out = split(dataclasses.replace(rows, rows=[r for r in rows.rows if r.good is not False]), d.eval)
+    return [dataclasses.replace(rows, rows=rows.rows + unwanted), held_out]
+
+
+def _streamed(config: Config, tokenizer: Any, policy: Policy) -> tuple[Side, Side | None]:
+    d, objective, keep = config.data, config.train.objective, config.train.generate
+
+    def encoder() -> Encoder:
+        return Encoder(tokenizer, policy, objective)
+
+    share = d.eval if isinstance(d.eval, float) else None
+    first, second = stream(_sources(d, d.train), encoder, objective, d.pairs, share=share, keep=keep)
+    if d.eval is not None and share is None:
+        second, _ = stream(_sources(d, d.eval), encoder, objective, d.pairs, keep=keep)
+    return first, second
+
+
+def _sources(data: DataConfig, given: Any) -> list[Source]:
     """The sources, with the columns and the pattern of the whole section where they have none of their own."""
     listed = [named(one) for one in (given if isinstance(given, tuple) else (given,))]
     return [

@@ -25,6 +25,7 @@ from deltaw.core.files import write_text
 from deltaw.core.plan import TargetPlan
 from deltaw.data.collate import Collator
 from deltaw.data.kept import Tokens, kept
+from deltaw.data.store import lengths
 from deltaw.formats import directory
 from deltaw.infer.evaluate import generate_samples, measured
 from deltaw.infer.metrics import metrics
@@ -129,8 +130,7 @@ def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bo
     checkpoint = run.last_checkpoint() if resume else None
     plan, parents = _attach(config, base, run, checkpoint, data.tokens)
     known = {**facts(config, base, data, plan, steps), "parents": parents}
-    lengths = [len(row.ids) for row in data.encoded]
-    packing = use_packing(config.data.packing, base.model, lengths, config.train.batch_size)
+    packing = use_packing(config.data.packing, base.model, lengths(data.encoded), config.train.batch_size)
     score = _scorer(config, base, data, run)
     if resume:
         unchanged(run.plan(), known)

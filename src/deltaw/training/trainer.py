@@ -22,6 +22,7 @@ from deltaw.core.attach import adapters, extract
 from deltaw.core.base import identify
 from deltaw.core.errors import BaseMismatchError, TrainError
 from deltaw.core.files import whole_folder
+from deltaw.data.store import lengths
 from deltaw.formats import directory
 from deltaw.infer.loss import SFTLoss, mean_loss
 from deltaw.runs.directory import RunDirectory
@@ -99,8 +100,8 @@ class AdapterTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.config.group_by_length:
             return super()._get_train_sampler(train_dataset)
-        lengths = [len(row.ids) for row in self.train_dataset]
-        return _Grouped(self.config.batch_size * self.config.gradient_accumulation, lengths, self.config.seed)
+        size = self.config.batch_size * self.config.gradient_accumulation
+        return _Grouped(size, lengths(self.train_dataset), self.config.seed)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         size = self.config.batch_size
