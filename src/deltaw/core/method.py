@@ -40,6 +40,8 @@ class Method:
     """Base of all methods. Subclasses add fields, each with a docstring, check them in `invalid` and build adapters."""
 
     name: ClassVar[str]
+    suits: ClassVar[str] = ""
+    """When to use it, in a few words: for the table of methods."""
     version: ClassVar[int] = 1
     """Raised when the meaning of the saved tensors changes; a file of a newer version is refused."""
     host: ClassVar[type[Host]] = WeightHost

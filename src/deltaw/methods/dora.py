@@ -63,6 +63,8 @@ class DoRAAdapter(LoRAAdapter):
 @register("dora")
 @dataclass(frozen=True, kw_only=True)
 class DoRA(LoRA):
+    suits = "small ranks, where LoRA falls short; slower steps"
+
     def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
         method = self.at("", spec)
         assert method.rank is not None

@@ -1,4 +1,4 @@
-"""Full: a trained copy of a parameter, as part of an adapter. W' = the copy; biases, heads, norms, whole modules.
+"""Full: W' = a trained copy of W, as part of an adapter; biases, heads, norms, whole modules.
 
 The base keeps its own tensor; while the adapter is live the module runs with the copy in its place. Strength w gives
 W + w·(copy − W). Kept in fp32 beside a base of any dtype and cast to it in the forward.
@@ -47,6 +47,7 @@ class FullAdapter(WeightAdapter):
 @dataclass(frozen=True, kw_only=True)
 class Full(Method):
     host = ParameterHost
+    suits = "heads, norms and biases beside another method; the baseline where memory is no question"
 
     def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
         return FullAdapter(spec.shape)

@@ -60,6 +60,8 @@ class LoRAAdapter(WeightAdapter):
 @register("lora")
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
+    suits = "the default: all linear layers, r 16"
+
     rank: int | None = None
     """Rank r of the change. Default: 16, or the layer's smaller dimension where that is less."""
     alpha: float | None = None

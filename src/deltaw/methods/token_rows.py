@@ -1,6 +1,4 @@
-"""TokenRows: a few rows of an embedding or head trained in full; those of new tokens are added to it.
-
-    E' = E with E'[tokens] = rows; tokens from the end of the table on are new rows of it:  E' = [E; rows]
+"""TokenRows: E' = E with E'[tokens] = rows, trained in full; tokens from the end of the table on are new rows of it.
 
 Rows are absolute values, [n, dim], as in PEFT's trainable_token_indices. y = E'[ids], and of a head the scores of these
 tokens. They are rows of the table itself: where a head is tied to it, the same rows give the scores. The base keeps its
@@ -72,6 +70,7 @@ class TokenRowsAdapter(WeightAdapter):
 @dataclass(frozen=True, kw_only=True)
 class TokenRows(Method):
     follows_ties = True
+    suits = "new or unused tokens (`data.tokens`)"
 
     tokens: tuple[int, ...] = (0,)
     """Ids of the rows that are trained; ids from the end of the vocabulary on are new rows."""
