@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_configure(config: pytest.Config) -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, 2 // workers))  # more threads than cores make tiny products a thousand times slower
+    threads = int(os.environ.get("OMP_NUM_THREADS", "2"))
+    torch.set_num_threads(max(1, threads // workers))  # more than cores make tiny products a thousand times slower
 
 
 @pytest.fixture(autouse=True)
