@@ -73,7 +73,7 @@ def test_the_same_run_to_the_bit(tmp_path: Path) -> None:
     a, b = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert runs[0].losses == runs[1].losses
-    assert (runs[0].path / "samples.json").read_text() == (runs[1].path / "samples.jsonl").read_text()
+    assert (runs[0].path / "samples.json").read_text() == (runs[1].path / "samples.json").read_text()
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
