@@ -14,12 +14,16 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "AdapterState": "deltaw.core.state",
+    "BOFT": "deltaw.methods.boft",
     "DeltawError": "deltaw.core.errors",
     "DoRA": "deltaw.methods.dora",
     "Full": "deltaw.methods.full",
+    "IA3": "deltaw.methods.ia3",
     "LoRA": "deltaw.methods.lora",
+    "OFT": "deltaw.methods.oft",
     "TargetPlan": "deltaw.core.plan",
     "TokenRows": "deltaw.methods.token_rows",
+    "VeRA": "deltaw.methods.vera",
     "attach": "deltaw.core.attach",
     "detach": "deltaw.core.attach",
     "evaluate": "deltaw.infer.evaluate",
@@ -50,10 +54,14 @@ if TYPE_CHECKING:
     from deltaw.core.state import AdapterState
     from deltaw.infer.evaluate import evaluate
     from deltaw.infer.generate import generate
+    from deltaw.methods.boft import BOFT
     from deltaw.methods.dora import DoRA
     from deltaw.methods.full import Full
+    from deltaw.methods.ia3 import IA3
     from deltaw.methods.lora import LoRA
+    from deltaw.methods.oft import OFT
     from deltaw.methods.token_rows import TokenRows
+    from deltaw.methods.vera import VeRA
     from deltaw.models.adapters import load, save
     from deltaw.models.base import load_base
     from deltaw.training.run import resume, train

@@ -2,8 +2,28 @@
 
 NO_WEIGHT = "none of which can carry"
 NO_ROWS = "token rows belong to an embedding or a head"
+NO_TURN = "its inputs are ids, there is nothing to rotate"
 
 MATRIX: dict[str, dict[str, bool | str]] = {
+    "boft": {
+        "linear": True,
+        "linear-no-bias": True,
+        "linear-one-output": True,
+        "linear-fused-qkv": True,
+        "conv1d-of-gpt2": True,
+        "embedding": NO_TURN,
+        "conv1d": True,
+        "conv2d": True,
+        "conv2d-circular": True,
+        "conv2d-grouped": True,
+        "conv2d-depthwise": True,
+        "conv3d": True,
+        "layernorm": NO_WEIGHT,
+        "llama-block": NO_WEIGHT,
+        "qwen-block": NO_WEIGHT,
+        "gpt2-block": NO_WEIGHT,
+        "bert-block": NO_WEIGHT,
+    },
     "bottleneck": {
         "linear": NO_WEIGHT,
         "linear-no-bias": NO_WEIGHT,
@@ -80,6 +100,25 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "gpt2-block": True,
         "bert-block": True,
     },
+    "ia3": {
+        "linear": True,
+        "linear-no-bias": True,
+        "linear-one-output": True,
+        "linear-fused-qkv": True,
+        "conv1d-of-gpt2": True,
+        "embedding": True,
+        "conv1d": True,
+        "conv2d": True,
+        "conv2d-circular": True,
+        "conv2d-grouped": True,
+        "conv2d-depthwise": True,
+        "conv3d": True,
+        "layernorm": NO_WEIGHT,
+        "llama-block": NO_WEIGHT,
+        "qwen-block": NO_WEIGHT,
+        "gpt2-block": NO_WEIGHT,
+        "bert-block": NO_WEIGHT,
+    },
     "lora": {
         "linear": True,
         "linear-no-bias": True,
@@ -87,6 +126,25 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "linear-fused-qkv": True,
         "conv1d-of-gpt2": True,
         "embedding": True,
+        "conv1d": True,
+        "conv2d": True,
+        "conv2d-circular": True,
+        "conv2d-grouped": True,
+        "conv2d-depthwise": True,
+        "conv3d": True,
+        "layernorm": NO_WEIGHT,
+        "llama-block": NO_WEIGHT,
+        "qwen-block": NO_WEIGHT,
+        "gpt2-block": NO_WEIGHT,
+        "bert-block": NO_WEIGHT,
+    },
+    "oft": {
+        "linear": True,
+        "linear-no-bias": True,
+        "linear-one-output": True,
+        "linear-fused-qkv": True,
+        "conv1d-of-gpt2": True,
+        "embedding": NO_TURN,
         "conv1d": True,
         "conv2d": True,
         "conv2d-circular": True,
@@ -118,13 +176,37 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "gpt2-block": NO_WEIGHT,
         "bert-block": NO_WEIGHT,
     },
+    "vera": {
+        "linear": True,
+        "linear-no-bias": True,
+        "linear-one-output": True,
+        "linear-fused-qkv": True,
+        "conv1d-of-gpt2": True,
+        "embedding": True,
+        "conv1d": True,
+        "conv2d": True,
+        "conv2d-circular": True,
+        "conv2d-grouped": True,
+        "conv2d-depthwise": True,
+        "conv3d": True,
+        "layernorm": NO_WEIGHT,
+        "llama-block": NO_WEIGHT,
+        "qwen-block": NO_WEIGHT,
+        "gpt2-block": NO_WEIGHT,
+        "bert-block": NO_WEIGHT,
+    },
 }
 
 COUNT = {  # trainable parameters at one weight [m, n, *kernel] with rank r; `extra` counts the layer's bias
+    # of methods with blocks r is the resolved method
+    "boft": lambda m, n, kernel, r, extra: r.levels * n * kernel * (r.block - 1) // 2 + m,
     "bottleneck": lambda m, n, kernel, r, extra: 2 * n * r + extra,  # extra: biases, where the placement has them
     "dora": lambda m, n, kernel, r, extra: r * (n * kernel + m) + m,
     "full": lambda m, n, kernel, r, extra: m * n * kernel + extra,
+    "ia3": lambda m, n, kernel, r, extra: m,
     "llama_adapter": lambda m, n, kernel, r, extra: r * n + m,  # r tokens and one gate for each of m heads
     "lora": lambda m, n, kernel, r, extra: r * (n * kernel + m),
+    "oft": lambda m, n, kernel, r, extra: (r.block if r.share else n * kernel) * (r.block - 1) // 2,
     "token_rows": lambda m, n, kernel, r, extra: r * n,  # r rows of n numbers
+    "vera": lambda m, n, kernel, r, extra: m + r,
 }

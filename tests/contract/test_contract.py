@@ -56,6 +56,10 @@ def configs(name: str, case: HostCase) -> dict[str, Method]:
         found |= {place: make(placement=place, rank=5) for place in ("houlsby", "pfeiffer", "parallel")}
     if has(name, "length"):
         found["one"] = make(length=1)
+    if has(name, "coft"):
+        found |= {"coft": make(coft=True, eps=0.7), "share": make(share=True), "series": make(terms=5)}
+    if has(name, "levels"):
+        found["level"] = make(levels=1)
     return found
 
 
@@ -94,9 +98,9 @@ def test_matrix_is_complete() -> None:
     assert all(list(row) == list(HOSTS) for row in MATRIX.values())
     assert sorted(COUNT) == OURS
     assert (len(MATRIX), len(HOSTS), sum(value is True for row in MATRIX.values() for value in row.values())) == (
-        6,
+        10,
         17,
-        55,
+        101,
     )
 
 
@@ -146,7 +150,9 @@ def test_trainable_count_is_the_formula(method: Method, case: HostCase) -> None:
     else:
         spec = host.spec
     rank = len(method.tokens) if hasattr(method, "tokens") else getattr(method, "rank", None)
-    if rank is None:
+    if has(method.name, "block"):
+        rank = method.at("", spec)
+    elif rank is None:
         rank = min(16, spec.shape[0], spec.fan_in)
     kernel = spec.fan_in // spec.shape[1]
     m, n = spec.shape[:2] if not (has(method.name, "tokens") and spec.lookup) else spec.shape[1::-1]
@@ -158,7 +164,8 @@ def test_trainable_count_is_the_formula(method: Method, case: HostCase) -> None:
 def test_dropout_only_in_training_and_only_on_the_branch(name: str, host: str) -> None:
     make: Any = get(name)
     net, x = HOSTS[host].net(), HOSTS[host].inputs()
-    suite.stir(net, make(rank=4, alpha=6.0, dropout=0.5), "default")
+    fields = {"rank": 4, "alpha": 6.0, "dropout": 0.5}
+    suite.stir(net, make(**{k: v for k, v in fields.items() if has(name, k)}), "default")
     with torch.no_grad(), use(net, {}):
         base = net(x)
         assert torch.equal(net(x), base)  # the base has no dropout, whatever the adapter has

@@ -6,7 +6,7 @@
 A parameter is an adapter's because it lives under an Adapter, never because of its name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,10 @@ class WeightAdapter(Adapter):
     def merged(self, weight: Tensor) -> Tensor:
         """Canonical weight with the change, pure; fp32 in and fp32 out (fp64 where the base is that)."""
         raise NotImplementedError
+
+    def beside(self, host: Any) -> "Sequence[tuple[WeightAdapter, Host]]":
+        """Further slots of the module that a merge must write with the weight, each with what changes it: a scaled bias."""
+        return ()
 
     def factors(self) -> Factors | None:
         """The change as low-rank factors where it is exactly that, else None."""

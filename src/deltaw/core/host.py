@@ -112,6 +112,11 @@ class WeightHost(Host):
         """The base's canonical dense weight in its own dtype; a view of the parameter where possible. Do not write."""
         return self.parameter
 
+    @property
+    def bias(self) -> "ParameterHost | None":
+        """The view of the layer's bias, [out], where it has one."""
+        return ParameterHost(self.module, "bias") if ParameterHost.has(self.module, "bias") else None
+
     def write(self, weight: Tensor) -> None:
         """Store a canonical weight (any float dtype) in the parameter, in the parameter's dtype and layout."""
         with torch.no_grad():

@@ -8,6 +8,7 @@ bf16, merge followed by subtraction changes about a quarter of all weights.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = False) -
         raise MergeError(f"{name!r} is merged already: unmerge the model before merging it again")
     entries = [entry for module in modules for entry in here(module).entries[name]]
     work = [(adapter, host) for adapter, host, _ in {id(entry[0]): entry for entry in reversed(entries)}.values()][::-1]
+    work += [pair for adapter, host in work if isinstance(adapter, WeightAdapter) for pair in adapter.beside(host)]
     found = _faults(model, name, work, keep_base)
     if found:
         raise faults(MergeError, f"{name!r} cannot be merged", found)
@@ -96,7 +98,7 @@ def unmerge(model: nn.Module) -> None:
 def _faults(model: nn.Module, name: str, work: list[tuple[Adapter, Any]], keep_base: bool) -> list[str]:
     found = []
     paths = {id(module): path or "the model itself" for path, module in model.named_modules()}
-    owners = _owners(model)
+    owners, twice = _owners(model), Counter((host.module, host.slot) for _, host in work)
     for adapter, host in work:
         path = f"{paths[id(host.module)]}.{host.slot}"
         if not isinstance(adapter, WeightAdapter):
@@ -116,6 +118,8 @@ def _faults(model: nn.Module, name: str, work: list[tuple[Adapter, Any]], keep_b
             )
         elif not torch.isfinite(after).all():
             found.append(f"{path}: the merged weight is not finite in {host.stored.dtype}")
+        elif not keep_base and twice[host.module, host.slot] > 1:
+            found.append(f"{path}: two parts of this adapter change it: merge with keep_base=True, which adds them up")
         elif not keep_base and host.slot in here(host.module).pristine:
             found.append(
                 f"{path}: another adapter is merged here with its base kept, and unmerge would undo both: "

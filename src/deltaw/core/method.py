@@ -66,6 +66,10 @@ class Method:
         """Faults of fields that name modules (patterns) and match none of the adapted `paths`."""
         return ()
 
+    def over(self, specs: Mapping[Site, HostSpec]) -> Self:
+        """The method as it applies to this set of layers: values that depend on all of them. Called before `at`."""
+        return self
+
     def at(self, path: str, spec: HostSpec) -> Self:
         """The method as it applies to one module: defaults and per-module patterns resolved to plain values."""
         return self

@@ -195,6 +195,7 @@ def plan(
     planned: list[Target] = []
     unfit: dict[tuple[str, str, str], list[str]] = {}  # what does not fit, with all modules it is true of
     saved = {site.path for site in extra if site.slot == "weight"}
+    method = method.over({Site(p, slot): s for p in chosen if p not in saved for slot, s in chosen[p].slots.items()})
     for path in [path for path in chosen if path not in saved]:
         for slot, spec in chosen[path].slots.items():
             reason = method.at(path, spec).unfit(spec)
