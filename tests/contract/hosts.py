@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import bitsandbytes
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, GPT2Config, LlamaConfig, Qwen3Config
@@ -19,6 +20,10 @@ class HostCase:
     inputs: Callable[[], Tensor]
     linear: bool = True
     """Is the output linear in the weights? Of a whole block it is not: changes of weights add up, those of outputs do not."""
+    lossy: bool = False
+    """Writing a weight rounds it to a few bits: what that loses is part of what a merge must compute, to the same 1e-5."""
+    rounds_input: bool = False
+    """In evaluation the layer itself rounds its input: outputs of the two modes are compared by what the adapter adds."""
 
     def net(self) -> "Net":
         return Net(self.make())
@@ -102,6 +107,14 @@ def _bert_block() -> nn.Module:
     return _wide(BertLayer(config, 0))
 
 
+def _nf4(double: bool) -> nn.Module:
+    return bitsandbytes.nn.LinearNF4(64, 48, compress_statistics=double).to("cpu")
+
+
+def _int8() -> nn.Module:
+    return bitsandbytes.nn.Linear8bitLt(64, 48, has_fp16_weights=False).to("cpu")
+
+
 HOSTS = {
     "linear": HostCase(lambda: nn.Linear(32, 48), lambda: torch.randn(2, 5, 32)),
     "linear-no-bias": HostCase(lambda: nn.Linear(37, 53, bias=False), lambda: torch.randn(7, 37)),
@@ -119,6 +132,9 @@ HOSTS = {
     "conv2d-grouped": HostCase(lambda: nn.Conv2d(6, 10, 3, groups=2), lambda: torch.randn(2, 6, 7, 7)),
     "conv2d-depthwise": HostCase(lambda: nn.Conv2d(6, 12, 3, groups=6), lambda: torch.randn(2, 6, 7, 7)),
     "conv3d": HostCase(lambda: nn.Conv3d(2, 5, 2), lambda: torch.randn(2, 2, 4, 4, 4)),
+    "bnb-nf4": HostCase(lambda: _nf4(False), lambda: torch.randn(2, 5, 64), lossy=True),
+    "bnb-nf4-double": HostCase(lambda: _nf4(True), lambda: torch.randn(2, 5, 64), lossy=True),
+    "bnb-int8": HostCase(_int8, lambda: torch.randn(2, 5, 64), lossy=True, rounds_input=True),
     "layernorm": HostCase(lambda: nn.LayerNorm(32), lambda: torch.randn(2, 5, 32)),
     "llama-block": HostCase(_llama_block, lambda: torch.randn(2, 5, 24), linear=False),
     "qwen-block": HostCase(_qwen_block, lambda: torch.randn(2, 5, 24), linear=False),

@@ -17,7 +17,7 @@ from torch import nn
 from deltaw.core import guards, route
 from deltaw.core import targets as planning
 from deltaw.core.adapter import Adapter
-from deltaw.core.base import base_parameters, identify, unwrapped
+from deltaw.core.base import identify, parameters, unwrapped
 from deltaw.core.carried import carried, here, vanished
 from deltaw.core.errors import FileError, UseError, did_you_mean, faults
 from deltaw.core.host import host_of
@@ -118,7 +118,7 @@ def plan_of(model: nn.Module, name: str) -> TargetPlan:
         layer = base_class_of(model.get_submodule(site.path))
         size = sum(parameter.numel() for parameter in adapter.parameters())
         targets.append(Target(site, layer.__name__, adapter.spec, adapter.method, size))
-    return TargetPlan(tuple(targets), sum(p.numel() for _, p in base_parameters(model)))
+    return TargetPlan(tuple(targets), parameters(model))
 
 
 def insert(model: nn.Module, state: AdapterState, *, name: str = "default") -> None:

@@ -3,7 +3,8 @@
 Values of up to 24 parameters are sampled (eight each, evenly spaced): the largest ones, which quantisers leave alone
 (embeddings), and others chosen by the hash of their names. Comparing two identities has three answers: match,
 mismatch (with what differs), unknown (nothing in common to compare). Values saved in one dtype and loaded in another
-are compared after rounding to the coarser one. Quantised parameters are not sampled.
+are compared after rounding to the coarser one. Quantised parameters are left out: a base and its quantised copy are one
+base, told by what both hold in full (embeddings, norms, heads); how it was quantised is kept beside, and not compared.
 
 Sampled values, not a hash of them: a hash would call a bf16 copy of an fp32 checkpoint a stranger.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter
 from deltaw.core.carried import carried
+from deltaw.core.host import WeightHost, host_of
 
 SAMPLED, VALUES = 24, 8
 
@@ -39,6 +41,8 @@ class BaseIdentity:
     layer: str
     """Class of the model, e.g. LlamaForCausalLM."""
     samples: Mapping[str, Sample]
+    quantized: str | None = None
+    """How its weights are quantised ("nf4", …), where they are."""
 
     def difference(self, other: "BaseIdentity") -> str | None:
         """What tells the two bases apart, as a clause; None where all that can be compared agrees."""
@@ -61,12 +65,13 @@ class BaseIdentity:
         samples = {
             p: {"shape": list(s.shape), "dtype": s.dtype, "values": list(s.values)} for p, s in self.samples.items()
         }
-        return {"name": self.name, "layer": self.layer, "samples": samples}
+        record = {"name": self.name, "layer": self.layer, "samples": samples}
+        return record if self.quantized is None else {**record, "quantized": self.quantized}
 
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> "BaseIdentity":
         samples = {p: Sample(tuple(s["shape"]), s["dtype"], tuple(s["values"])) for p, s in record["samples"].items()}
-        return BaseIdentity(record["name"], record["layer"], samples)
+        return BaseIdentity(record["name"], record["layer"], samples, record.get("quantized"))
 
 
 def _same(mine: Sample, theirs: Sample) -> bool:
@@ -92,7 +97,7 @@ def identify(model: nn.Module) -> BaseIdentity:
     if os.path.isdir(name):
         name = os.path.basename(os.path.abspath(name))  # a folder of this machine means nothing elsewhere
     layer = getattr(type(model), "base_class", type(model)).__name__
-    return BaseIdentity(name or layer, layer, sample(named))
+    return BaseIdentity(name or layer, layer, sample(named), quantization(model))
 
 
 def sample(named: Sequence[tuple[str, Tensor]]) -> dict[str, Sample]:
@@ -134,6 +139,22 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, parameter in model.named_parameters():
         if id(parameter) not in owned:
             yield path, pristine.get(id(parameter), parameter)
+
+
+def quantization(model: nn.Module) -> str | None:
+    """How the base's weights are quantised, or None; several ways are joined with a plus."""
+    return "+".join(sorted({str(host.quantized) for host in _quantized(model)})) or None
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of the base's parameters; quantised ones count as the values they stand for."""
+    sizes = {id(host.parameter): host.spec.numel for host in _quantized(model)}
+    return sum(sizes.get(id(parameter), parameter.numel()) for _, parameter in base_parameters(model))
+
+
+def _quantized(model: nn.Module) -> list[WeightHost]:
+    hosts = [host_of(module) for _, module in base_modules(model)]
+    return [host for host in hosts if host is not None and host.has(host.module, host.slot) and host.quantized]
 
 
 def _x(shape: Sequence[int]) -> str:

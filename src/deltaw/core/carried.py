@@ -72,8 +72,8 @@ class Held:
     def __init__(self, module: nn.Module):
         self.required = {name for name, p in module._parameters.items() if p is not None and p.requires_grad}
         self.roots: list[Root] = []
-        self.fast_path: tuple[str, Any] | None = None
-        """Name and value of the flag of an encoder's fast path that was switched off."""
+        self.switched_off: tuple[str, Any] | None = None
+        """Name and value of the flag of something that would ignore adapters or rewrite weights."""
 
 
 def hold(model: nn.Module) -> Root:
@@ -121,8 +121,8 @@ def forget(root: Root, fallback: nn.Module) -> list[nn.Module]:
         if record.roots:
             continue
         del module.__dict__[_HELD]
-        if record.fast_path is not None:
-            setattr(module, *record.fast_path)
+        if record.switched_off is not None:
+            setattr(module, *record.switched_off)
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 parameter.requires_grad_(name in record.required)

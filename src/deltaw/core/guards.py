@@ -10,6 +10,7 @@ Each has a test of its own in tests/core/test_guards.py.
     save_pretrained while attached      would write adapter keys into the base's file
     weights read by the code above      an adapter's module is never called there (`bypassed`, from the source)
     encoder fast path                   reads the weights of its linears itself: switched off
+    layers that rewrite their weight    bitsandbytes on some CPUs (`Host.steady`): switched off
 """
 
 import functools
@@ -25,6 +26,7 @@ from torch import nn
 from deltaw.core import route
 from deltaw.core.carried import Root, carried, forget, held, here
 from deltaw.core.errors import UseError, faults
+from deltaw.core.host import host_of
 from deltaw.core.method import Method, Site
 
 
@@ -64,12 +66,16 @@ def set_guards(model: nn.Module, paths: Iterable[str]) -> None:
     for module in model.modules():
         if hasattr(type(module), "save_pretrained") and "save_pretrained" not in module.__dict__:
             module.__dict__["save_pretrained"] = _SavingRefused()
+        host = host_of(module)
+        rewrites = None if host is None else host.steady()
+        if rewrites is not None:
+            held(module).switched_off = rewrites
     flags = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
     for above in {".".join(path.split(".")[:i]) for path in paths for i in range(path.count(".") + 1)}:
         module = model.get_submodule(above)
         for kind, flag in flags.items():
-            if isinstance(module, kind) and held(module).fast_path is None:
-                held(module).fast_path = (flag, getattr(module, flag))
+            if isinstance(module, kind) and held(module).switched_off is None:
+                held(module).switched_off = (flag, getattr(module, flag))
                 setattr(module, flag, 0)
 
 

@@ -8,6 +8,7 @@ layer is, so that N methods and M kinds of layer need N + M pieces of code:
     transformers Conv1D    [in, out]         [out, in]                   x Wᵀ
     nn.Embedding           [vocab, dim]      [dim, vocab], out = dim     column of W for each id
     nn.Conv1d/2d/3d        [out, in/g, k…]   the same                    convolution with the layer's own stride, …
+    bitsandbytes           4 or 8 bit codes  decoded, [out, in]          x Wᵀ
 
 `op` is linear in W and leaves the bias out: ΔW acts as y + op(x, ΔW).
 """
@@ -97,6 +98,28 @@ class Host:
         """The class that this view was registered for: the module's own, or the nearest one above it."""
         return next(cls for cls in type(self.module).__mro__ if type(self) in _KINDS.get(_qualified(cls), ()))
 
+    @property
+    def quantized(self) -> str | None:
+        """How the slot is quantised ("nf4", "int8", …), or None where it holds its values."""
+        return None
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """A canonical weight as it will be read back after `write`, in fp32 or wider."""
+        return wide(weight.to(self.parameter.dtype))
+
+    def keep(self) -> Tensor:
+        """A copy of what the slot holds now, from which `restore` brings back every bit."""
+        return self.stored.detach().clone()
+
+    def restore(self, kept: Tensor) -> None:
+        """Put back what `keep` gave."""
+        with torch.no_grad():
+            self.stored.copy_(kept)
+
+    def steady(self) -> tuple[str, Any] | None:
+        """Keep the layer from rewriting its own weight while adapters are attached: the attribute set for it, as it was."""
+        return None
+
     def fault(self) -> str | None:
         """Why this very module cannot carry adapters, or None."""
         return None
@@ -180,6 +203,8 @@ class ParameterHost(Host):
         kind = type(self.module).__name__
         if isinstance(self.module, nn.ParameterList | nn.ParameterDict):
             return f"a {kind} is never called, a trained copy there would be ignored"
+        if not self.parameter.is_floating_point():
+            return f"its {self.slot} is quantised ({self.parameter.dtype}), a trained copy needs the values: load the base unquantised"
         computes = [type(hook) for hook in self.module._forward_pre_hooks.values() if hasattr(hook, "compute_weight")]
         if computes:
             return f"{computes[0].__name__} computes the weight of this {kind} before every call: remove it first"
@@ -204,6 +229,11 @@ class ParameterHost(Host):
                 parameters[self.slot] = current
                 if outermost:
                     del pristine[self.slot]
+
+
+def wide(weight: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is that."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 TURNS = threading.RLock()

@@ -21,13 +21,13 @@ from deltaw.core.attach import known
 from deltaw.core.base import unwrapped
 from deltaw.core.carried import here
 from deltaw.core.errors import MergeError, faults
-from deltaw.core.host import Host
+from deltaw.core.host import Host, ParameterHost, wide
 from deltaw.core.place import remove
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge wrote. `change` is ‖W' − W‖ / ‖W‖ over all touched weights, after rounding to their dtype."""
+    """What a merge wrote. `change` is ‖W' − W‖ / ‖W‖ over all touched weights, after rounding to what they can hold."""
 
     weights: int
     changed: int
@@ -53,20 +53,21 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = False) -
     found = _faults(model, name, work, keep_base)
     if found:
         raise faults(MergeError, f"{name!r} cannot be merged", found)
-    differences = [float((_merged(adapter, host) - _current(host)).norm()) for adapter, host in work]
+    differences = [float((_after(adapter, host) - current(host)).norm()) for adapter, host in work]
     if not any(differences):
         raise MergeError(
             f"merging {name!r} would change no weight at all: its ΔW is zero, or too small for the weights' dtype. "
             "Was it trained, and did its file load?"
         )
-    size = sum(float(_current(host).norm()) ** 2 for _, host in work)
+    size = sum(float(current(host).norm()) ** 2 for _, host in work)
     for adapter, host in work:
         merged = _merged(adapter, host)
         if keep_base:
-            kept = host.stored.detach().clone()
+            kept = host.keep()
             for other in _readers(model, host.stored):  # those that are tied see the base's own as well
                 here(other.module).pristine.setdefault(other.slot, kept)
-        host.write(merged)
+        if not torch.equal(merged, current(host)):  # rounding anew what does not change could change it
+            host.write(merged)
     before_route = route.live(model)
     for module in modules:
         if keep_base:
@@ -85,9 +86,9 @@ def unmerge(model: nn.Module) -> None:
     back: dict[str, float] = {}
     for module in route.adapted_modules(model):
         there = here(module)
-        with torch.no_grad():
-            for slot, kept in there.pristine.items():
-                Host(module, slot).stored.copy_(kept)
+        hosts = {host.slot: host for group in there.entries.values() for _, host, _ in group}
+        for slot, kept in there.pristine.items():
+            hosts.get(slot, ParameterHost(module, slot)).restore(kept)
         back |= dict.fromkeys(there.merged, 1.0)
         there.pristine, there.merged = {}, ()
     if not back:
@@ -110,14 +111,14 @@ def _faults(model: nn.Module, name: str, work: list[tuple[Adapter, Any]], keep_b
             )
             continue
         tied = [other for other in owners[_storage(host.stored)] if other != path and not adapter.method.follows_ties]
-        after = _merged(adapter, host)
+        after = _after(adapter, host)
         if tied:
             found.append(
                 f"{path} is tied to {', '.join(tied)}, which would change too: "
                 "untie them first, or keep the adapter unmerged"
             )
         elif not torch.isfinite(after).all():
-            found.append(f"{path}: the merged weight is not finite in {host.stored.dtype}")
+            found.append(f"{path}: the merged weight is not finite in {host.quantized or host.stored.dtype}")
         elif not keep_base and twice[host.module, host.slot] > 1:
             found.append(f"{path}: two parts of this adapter change it: merge with keep_base=True, which adds them up")
         elif not keep_base and host.slot in here(host.module).pristine:
@@ -133,11 +134,11 @@ def _faults(model: nn.Module, name: str, work: list[tuple[Adapter, Any]], keep_b
     return found
 
 
-def _current(host: Any) -> Tensor:
+def current(host: Any) -> Tensor:
     """The canonical weight as the module computes with it now, earlier merges included, fp32."""
     pristine = here(host.module).pristine
     kept = pristine.pop(host.slot, None)
-    weight = _wide(host.weight.detach())
+    weight = wide(host.weight.detach())
     if kept is not None:
         pristine[host.slot] = kept
     return weight
@@ -145,22 +146,23 @@ def _current(host: Any) -> Tensor:
 
 @torch.no_grad()
 def _merged(adapter: Any, host: Any) -> Tensor:
-    """The canonical weight as it will be stored: fp32 arithmetic, rounded once to the weight's dtype."""
-    base = _wide(host.weight)
+    """The canonical weight that is to be stored, in fp32: `write` rounds it, once."""
+    base = wide(host.weight)
     whole = adapter.merged(base)
     if host.slot in here(host.module).pristine:
-        whole = _current(host) + (whole - base)
-    return _wide(whole.to(host.weight.dtype)).detach()
+        whole = current(host) + (whole - base)
+    return whole.detach()  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def _grows(adapter: WeightAdapter, host: Any) -> bool:
-    return adapter.merged(_wide(host.weight)).shape != host.weight.shape
+    return adapter.merged(wide(host.weight)).shape != host.weight.shape
 
 
-def _wide(weight: Tensor) -> Tensor:
-    """In fp32, or in fp64 where it is that."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+def _after(adapter: Any, host: Any) -> Tensor:
+    """The canonical weight as it will be stored. Without a change it stays what it is, however coarse the storage."""
+    merged, now = _merged(adapter, host), current(host)
+    return now if torch.equal(merged, now) else host.rounded(merged)
 
 
 def _readers(model: nn.Module, parameter: Tensor) -> list[Host]:
@@ -181,8 +183,8 @@ def _disturbed(name: str, host: Any, after: Tensor) -> list[str]:
     for adapter, other, _ in (entry for group in entries.values() for entry in group):
         if other.slot != host.slot or adapter.name == name or not isinstance(adapter, WeightAdapter):
             continue
-        base = _wide(other.weight)
-        if _grows(adapter, other) or not torch.equal(base, _wide(host.weight)):  # seen in another layout: cannot tell
+        base = wide(other.weight)
+        if _grows(adapter, other) or not torch.equal(base, wide(host.weight)):  # seen in another layout: cannot tell
             found.append(repr(adapter.name))
             continue
         delta = adapter.merged(base) - base

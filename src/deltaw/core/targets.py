@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from deltaw.core.base import base_modules, base_parameters
+from deltaw.core.base import base_modules, parameters
 from deltaw.core.errors import TargetError, did_you_mean, faults
 from deltaw.core.guards import bypassed
 from deltaw.core.host import HostSpec, WeightHost, host_of, kind_of
@@ -208,18 +208,17 @@ def plan(
         found.append(f"{paths[0] or 'the model itself'}{more} ({layer} {shape}): {reason}")
     found += method.unused([t.site.path for t in planned])
     for site, companion in extra.items():
-        reason = bypassed(model, site.path)
+        host = companion.host(model.get_submodule(site.path), site.slot)
+        reason = bypassed(model, site.path) or host.fault()
         if reason:
             found.append(f"{site}: {reason}")
-        spec = companion.host(model.get_submodule(site.path), site.slot).spec
-        planned.append(_target(site, by_path[site.path].layer, spec, companion))
+        planned.append(_target(site, by_path[site.path].layer, host.spec, companion))
     if not planned and not found:
         because = f": {'; '.join(notes)}" if notes else ""
         found.append(f"{targets!r} leaves nothing to adapt{because}")
     if found:
         raise faults(TargetError, f"targets for {type(method).__name__}", found)
-    base = sum(p.numel() for _, p in base_parameters(model))
-    return TargetPlan(tuple(planned), base, tuple(notes))
+    return TargetPlan(tuple(planned), parameters(model), tuple(notes))
 
 
 def _target(site: Site, layer: str, spec: HostSpec, method: Method) -> Target:
