@@ -20,7 +20,8 @@ HEAD = """# The configuration
 Generated from the schema by `scripts/make_docs.py`; `deltaw schema` prints the same as JSON schema. Unknown keys are
 errors with the nearest known one; `section.key=value` on the command line overrides a file.
 
-`model` is a folder, a hub id, or `tiny` (bundled). `output` is the run directory (default `runs/latest`).
+`model` is a folder, a hub id, or `tiny` (bundled). `output` is the run directory (default `runs/latest`). `quantize`
+(default `none`) loads the base's linear layers in `nf4`, `nf4-double` or `int8`.
 """
 
 

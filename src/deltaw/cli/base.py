@@ -18,11 +18,17 @@ Mismatch = Annotated[
     bool, typer.Option("--allow-base-mismatch", help="Put the adapter on a base it was not trained on.")
 ]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read adapter_model.bin too (tensors only).")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="none, nf4, nf4-double or int8. Default: as the base was when the adapter was trained.", show_default=False
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
 
 
 def load_all(
-    model: str | None, adapters: list[str], dtype: str, mismatch: bool, pickle: bool
+    model: str | None, adapters: list[str], dtype: str, mismatch: bool, pickle: bool, quantize: str | None = None
 ) -> tuple[Any, dict[str, float], Any]:
     """The base with every adapter loaded, none of them live yet; the route that makes them live; and the tokenizer of
     the base alone, without the tokens that adapters bring."""
@@ -32,12 +38,15 @@ def load_all(
     from deltaw.core.route import use
     from deltaw.data.kept import use_kept
     from deltaw.models.adapters import load
-    from deltaw.models.base import base_of_adapter, load_base
+    from deltaw.models.base import base_of_adapter, load_base, named_quantization
 
     folders = [with_strength(text) for text in adapters]
     if model is None and not folders:
         raise UseError("give a base with --model, or an adapter with --adapter that names one")
-    base = load_base(model or base_of_adapter(Path(folders[0][0])), dtype=dtype)
+    name = model or base_of_adapter(Path(folders[0][0]))
+    if quantize is None:
+        quantize = named_quantization(Path(folders[0][0]), name) if folders else "none"
+    base = load_base(name, dtype=dtype, quantize=quantize)
     route, own = {}, copy.deepcopy(base.tokenizer)
     for number, (folder, strength) in enumerate(folders):
         load(base.model, folder, name=f"adapter{number}", allow_base_mismatch=mismatch, allow_pickle=pickle)

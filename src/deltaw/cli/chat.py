@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deltaw.cli.app import app
-from deltaw.cli.base import Adapters, Dtype, Mismatch, Model, Pickle, load_all
+from deltaw.cli.base import Adapters, Dtype, Mismatch, Model, Pickle, Quantize, load_all
 
 COMMANDS = "/base /tuned /clear /quit"
 
@@ -20,6 +20,7 @@ def chat(
     allow_base_mismatch: Mismatch = False,
     allow_pickle: Pickle = False,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Talk to the base and its adapters. /base and /tuned switch, /clear starts anew, /quit ends."""
     from deltaw.core.errors import DeltawError
@@ -28,7 +29,7 @@ def chat(
     from deltaw.infer.generate import generate as answer
 
     check_sampling(max_new_tokens, temperature, 1.0)
-    base, route, _ = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle)
+    base, route, _ = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle, quantize)
     live, messages = route, []
     print(f"{base.name} with {', '.join(adapter or []) or 'no adapter'}. {COMMANDS}", file=sys.stderr)
     while True:

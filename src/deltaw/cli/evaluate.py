@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from deltaw.cli.app import Json, app, show
-from deltaw.cli.base import Adapters, Dtype, Mismatch, Model, Pickle, load_all
+from deltaw.cli.base import Adapters, Dtype, Mismatch, Model, Pickle, Quantize, load_all
 
 
 @app.command("eval")
@@ -26,6 +26,7 @@ def evaluate(
     allow_base_mismatch: Mismatch = False,
     allow_pickle: Pickle = False,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     as_json: Json = False,
 ) -> None:
     """Held-out loss, perplexity and exact match: the base and the tuned model side by side."""
@@ -37,7 +38,7 @@ def evaluate(
     from deltaw.core.route import use
     from deltaw.infer import evaluate as infer
 
-    base, route, own = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle)
+    base, route, own = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle, quantize)
     result: dict[str, Any] = {"model": base.name, "rows": len(rows.rows)}
     for name, live in {"base": {}, "tuned": route}.items():
         if name == "base" or route:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deltaw.cli.app import Json, app, show
-from deltaw.cli.base import Adapters, Dtype, Mismatch, Model, Pickle, load_all
+from deltaw.cli.base import Adapters, Dtype, Mismatch, Model, Pickle, Quantize, load_all
 
 
 @app.command()
@@ -23,6 +23,7 @@ def generate(
     allow_base_mismatch: Mismatch = False,
     allow_pickle: Pickle = False,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     as_json: Json = False,
 ) -> None:
     """Answer prompts with the base and its adapters."""
@@ -36,7 +37,7 @@ def generate(
     from deltaw.infer.generate import generate as answer
 
     check_sampling(max_new_tokens, temperature, top_p)
-    base, route, _ = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle)
+    base, route, _ = load_all(model, adapter or [], dtype, allow_base_mismatch, allow_pickle, quantize)
     with use(base.model, route):
         answers = answer(
             base.model,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deltaw.cli.app import Json, app, show
-from deltaw.cli.base import Mismatch, Model, Pickle
+from deltaw.cli.base import Mismatch, Model, Pickle, Quantize
 
 
 @app.command()
@@ -15,6 +15,13 @@ def merge(
     output: Annotated[Path, typer.Option(help="Folder of the merged model.")],
     model: Model = None,
     dtype: Annotated[str, typer.Option(help="Dtype to write: auto (that of the base's files), fp32 or bf16.")] = "auto",
+    into: Annotated[
+        str,
+        typer.Option(
+            help="Of an adapter trained on a quantised base: original weights, or dequantized (read back from the quantised)."
+        ),
+    ] = "original",
+    quantize: Quantize = None,
     allow_base_mismatch: Mismatch = False,
     allow_pickle: Pickle = False,
     as_json: Json = False,
@@ -26,11 +33,13 @@ def merge(
     from deltaw.ship.merge import merge_to_folder
 
     done = merge_to_folder(
-        model or base_of_adapter(adapter), adapter, output, dtype=dtype,
+        model or base_of_adapter(adapter), adapter, output, dtype=dtype, into=into, quantize=quantize,
         allow_base_mismatch=allow_base_mismatch, allow_pickle=allow_pickle,
     )  # fmt: skip
     text = (
         f"{done.path}: {done.weights} weights merged, written in {done.dtype}, read back and checked\n"
         f"largest logit difference to the adapter {done.max_logit_difference:.3g}, effect of the adapter {done.effect:.3g}"
     )
+    if done.round_trip is not None:
+        text = f"{text}\n{done.round_trip}"
     show(dataclasses.asdict(done), as_json, text)

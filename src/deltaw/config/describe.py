@@ -7,7 +7,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter
 
@@ -17,9 +17,14 @@ from deltaw.core.method import get, names
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of a configuration file; `adapter` is one alternative per registered method."""
-    said = sentences(Config)
+    said, hints = sentences(Config), get_type_hints(Config)
     properties: dict[str, Any] = {
         "model": {"type": "string", "description": said["model"]},
+        "quantize": {
+            **TypeAdapter(hints["quantize"]).json_schema(),
+            "default": "none",
+            "description": said["quantize"],
+        },
         "data": section(DataConfig),
         "adapter": {"oneOf": [adapter(name) for name in names()]},
         "train": section(TrainConfig),

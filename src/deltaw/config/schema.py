@@ -162,6 +162,8 @@ class Config:
     __pydantic_config__ = STRICT
     model: str
     """The base: a folder, a hub id, or `tiny` (bundled)."""
+    quantize: Literal["none", "nf4", "nf4-double", "int8"] = "none"
+    """Load the base's linear layers in 4 bits (QLoRA; double: the scales in 8 bits too) or in 8 (bitsandbytes)."""
     data: DataConfig
     adapter: AdapterConfig = field(default_factory=lambda: AdapterConfig(method=get("lora")()))
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltaw.analysis.norms import norms
 from deltaw.core.attach import extract, fit, insert
-from deltaw.core.base import base_modules, base_parameters, identify
+from deltaw.core.base import base_modules, base_parameters, identify, quantization
 from deltaw.core.errors import BaseMismatchError, FileError, faults
 from deltaw.core.host import host_of
 from deltaw.core.state import AdapterState
@@ -110,6 +110,12 @@ def load(
             "Load the right base, or pass allow_base_mismatch=True (--allow-base-mismatch) if you know better"
         )
     notes += [f"another base, allowed: {why}"] if why else []
+    trained, now = stored.state.base, quantization(model)
+    if trained is not None and trained.quantized != now:
+        notes.append(
+            f"trained on the base {_held(trained.quantized)}, this one is {_held(now)}: "
+            "outputs differ by what quantising rounds off"
+        )
     left: list[str] = []
     if not strict:
         state, left = _what_fits(model, state, str(path))
@@ -145,6 +151,10 @@ def _base_answer(model: nn.Module, stored: directory.Stored) -> tuple[Answer, st
     if difference:
         return "mismatch", difference
     return ("match" if stored.state.base.comparable(here) else "unknown"), None
+
+
+def _held(quantized: str | None) -> str:
+    return f"in {quantized}" if quantized else "unquantised"
 
 
 def _equal(mine: Tensor, theirs: Tensor) -> bool:

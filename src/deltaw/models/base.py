@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from deltaw.core.errors import FileError, UseError, did_you_mean
+from deltaw.models import quantize as quantizing
 
 TINY = Path(__file__).parent / "tiny"
 DEFAULT_LENGTH = 2048  # rows of a base that reads more are not longer unless the user says so
@@ -54,17 +55,29 @@ def resolve(name: str) -> str:
 
 def named_base(folder: Path) -> str | None:
     """The base that an adapter folder names: in deltaw.json, else in PEFT's config."""
-    for file, keys in (("deltaw.json", ("base", "name")), ("adapter_config.json", ("base_model_name_or_path",))):
-        if (folder / file).is_file():
-            try:
-                value: Any = json.loads((folder / file).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise FileError(f"{folder / file} is not JSON: {error}") from None
-            for key in keys:
-                value = value.get(key) if isinstance(value, dict) else None
-            if value:
-                return str(value)
-    return None
+    found = _named(folder, "deltaw.json", ("base", "name"))
+    return found or _named(folder, "adapter_config.json", ("base_model_name_or_path",))
+
+
+def named_quantization(folder: Path, base: str) -> str:
+    """How to quantise `base` for an adapter folder: as it was trained, unless the base's own files are quantised."""
+    found = _named(folder, "deltaw.json", ("base", "quantized"))
+    if found not in quantizing.KINDS or quantizing.method_of(read_config(base)) is not None:
+        return "none"
+    return found
+
+
+def _named(folder: Path, file: str, keys: tuple[str, ...]) -> str | None:
+    """A text in a JSON file of an adapter folder."""
+    if not (folder / file).is_file():
+        return None
+    try:
+        value: Any = json.loads((folder / file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileError(f"{folder / file} is not JSON: {error}") from None
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return str(value) if value else None
 
 
 def base_of_adapter(folder: Path) -> str:
@@ -102,7 +115,7 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         config = transformers.AutoConfig.from_pretrained(source)
-    except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be loaded
+    except Exception as error:
         raise _unreadable(name, error) from error
     if not len(tokenizer):
         raise FileError(
@@ -115,21 +128,36 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     return tokenizer, None if limit is None else int(limit)
 
 
-def load_base(name: str, *, dtype: str = "auto", device: torch.device | None = None) -> Base:
+def load_base(name: str, *, dtype: str = "auto", device: torch.device | None = None, quantize: str = "none") -> Base:
     """Model and tokenizer of a causal language model, in `dtype` (auto, fp32, bf16), on `device` (best by default).
 
-    Raises FileError when the base is not there or cannot be read, UseError when transformers is not installed.
+    quantize: none, nf4, nf4-double or int8 (`deltaw.models.quantize`). Raises FileError when the base is not there or
+    cannot be read, UseError when it cannot be quantised so, or when transformers or bitsandbytes is not installed.
     """
-    wanted, source = pick_dtype(dtype), resolve(name)
+    quantizing.known(quantize)
+    wanted, source, place = pick_dtype(dtype), resolve(name), device or pick_device()
     tokenizer, limit = load_tokenizer(name)
+    transformers = require_transformers()
+    options = quantizing.loading(name, quantize, read_config(name), wanted, place, transformers)
     try:
-        model = require_transformers().AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
     except Exception as error:
         raise _unreadable(name, error) from error
     if name == "tiny":
         model.config._name_or_path = "tiny"  # what its adapters name as their base, on every machine
-    model.to(device or pick_device()).eval().requires_grad_(False)
+    if not options:
+        model.to(place)
+    quantizing.settle(model, name, quantize)
+    model.eval().requires_grad_(False)
     return Base(name, model, tokenizer, min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH))
+
+
+def read_config(name: str) -> Any:
+    """transformers' configuration of a base."""
+    try:
+        return require_transformers().AutoConfig.from_pretrained(resolve(name))
+    except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be loaded
+        raise _unreadable(name, error) from error
 
 
 def _unreadable(name: str, error: Exception) -> FileError:

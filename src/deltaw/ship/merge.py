@@ -4,8 +4,11 @@
     merged    = logits(what was written, read back)      fp32 arithmetic on the written weights
 
 The folder appears only when the check passes. A ΔW of zero is refused: the folder would be the base under another name.
+An adapter that was trained on a quantised base can go into the original weights or into those read back from the
+quantised ones (`deltaw.ship.roundtrip`); both are held against the adapter on the quantised base.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.attach import adapters, detach, extract, insert
-from deltaw.core.errors import MergeError
+from deltaw.core.errors import MergeError, UseError
 from deltaw.core.files import must_be_free, whole_folder
 from deltaw.core.merge import merge as merge_live
 from deltaw.core.route import use
 from deltaw.data.kept import use_kept
 from deltaw.methods.token_rows import TokenRowsAdapter
 from deltaw.models.adapters import load
-from deltaw.models.base import load_base, pick_dtype, require_transformers, resolve
+from deltaw.models.base import load_base, named_quantization, pick_dtype, read_config, require_transformers
+from deltaw.models.quantize import method_of
+from deltaw.ship.roundtrip import RoundTrip, decoded, put, round_trip
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest accepted logit difference, as a share of the largest logit; rounding of the weights makes most of it."""
@@ -37,29 +42,48 @@ class Shipped:
     """Between the folder read back and the base with the adapter, over all probe positions."""
     effect: float
     """Largest logit difference between the base with and without the adapter: what the merge must keep."""
+    into: str = "original"
+    """Which weights of the base it went into: the original ones, or those read back from the quantised base."""
+    round_trip: RoundTrip | None = None
+    """Of an adapter that was trained on a quantised base: how far both ways are from what training saw."""
 
 
 def merge_to_folder(
-    model: str, adapter: str | Path, output: str | Path, *, dtype: str = "auto",
-    allow_base_mismatch: bool = False, allow_pickle: bool = False,
+    model: str, adapter: str | Path, output: str | Path, *, dtype: str = "auto", into: str = "original",
+    quantize: str | None = None, allow_base_mismatch: bool = False, allow_pickle: bool = False,
 ) -> Shipped:  # fmt: skip
     """Merge the adapter folder into the base and write `output` in `dtype`: fp32, bf16, or auto = the base's own files.
 
-    Arithmetic is fp32 with one rounding at the end. Raises MergeError when the result does not compute what the
-    adapter does; nothing is left behind then.
+    Arithmetic is fp32 with one rounding at the end. quantize: the kind of base that the adapter was trained on, None = as
+    its files say; where that is quantised, `into` chooses between the original weights and those read back from it
+    (dequantized), and the report compares both. The folder itself is never quantised. Raises MergeError when the result
+    does not compute what the adapter does; nothing is left behind then.
     """
     target = Path(output)
     must_be_free(target)
     written = _dtype(model, dtype)
+    quantize = named_quantization(Path(adapter), model) if quantize is None else quantize
+    _possible(model, into, quantize)
+    allowed_files = {"allow_base_mismatch": allow_base_mismatch, "allow_pickle": allow_pickle}
+    found = _trained_on(model, adapter, quantize, allowed_files) if quantize != "none" else None
     base = load_base(model, dtype="fp32", device=torch.device("cpu"))
-    load(base.model, adapter, name="merged", allow_base_mismatch=allow_base_mismatch, allow_pickle=allow_pickle)
+    load(base.model, adapter, name="merged", **allowed_files)
     use_kept(base.tokenizer, Path(adapter))
     ids = probe(base.model)
+    ways: dict[str, Mapping[str, Tensor]] = {}
+    if found is not None:
+        ways = {"original": put(base.model, found[0]), "dequantized": found[0]}
+        put(base.model, ways[into])
     tuned = logits(base.model, ids)
     with use(base.model, {}):
         plain = logits(base.model, ids)
     effect = float((tuned[..., : plain.shape[-1]] - plain).abs().max())
     _grow(base.model, "merged")
+    compared = None
+    if found is not None:
+        distances = round_trip(base.model, "merged", ways, found[1], lambda: logits(base.model, ids))
+        compared = RoundTrip(quantize, **distances)
+        put(base.model, ways[into])
     merged = merge_live(base.model, "merged")
     base.model.to(written)
     transformers = require_transformers()
@@ -74,7 +98,32 @@ def merge_to_folder(
                 f"the merged model differs from the adapter by {difference:.3g} in its logits, more than {allowed:.3g}: "
                 f"nothing was written. Merge with dtype fp32 to see whether rounding is the cause"
             )
-    return Shipped(target, str(written).removeprefix("torch."), merged.weights, difference, effect)
+    return Shipped(target, str(written).removeprefix("torch."), merged.weights, difference, effect, into, compared)
+
+
+def _possible(model: str, into: str, quantize: str) -> None:
+    """Refuse ways of merging that there are not for this base."""
+    if into not in ("original", "dequantized"):
+        raise UseError(f"into={into!r} is neither original nor dequantized")
+    if into == "dequantized" and quantize == "none":
+        raise UseError(
+            "the adapter's files do not say that its base was quantised, there is nothing to read back: "
+            "say how with quantize (--quantize nf4), or merge into the original"
+        )
+    own = method_of(read_config(model))
+    if own is not None:
+        raise UseError(
+            f"the files of the base {model!r} are quantised themselves ({own}): give the unquantised base, --model …"
+        )
+
+
+def _trained_on(
+    model: str, adapter: str | Path, quantize: str, allowed: Mapping[str, bool]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Weights read back from the quantised base, and the logits of the adapter on it."""
+    base = load_base(model, dtype="fp32", device=torch.device("cpu"), quantize=quantize)
+    load(base.model, adapter, name="merged", **allowed)
+    return decoded(base.model), logits(base.model, probe(base.model))
 
 
 def _grow(model: nn.Module, name: str) -> None:
@@ -103,5 +152,5 @@ def _dtype(model: str, dtype: str) -> torch.dtype:
     """The dtype to write: as asked, or that of the base's own files."""
     if dtype != "auto":
         return pick_dtype(dtype)
-    own = require_transformers().AutoConfig.from_pretrained(resolve(model)).dtype
+    own = read_config(model).dtype
     return own if own in TOLERANCE else torch.float32

@@ -11,12 +11,16 @@ import transformers
 from transformers.integrations import get_available_reporting_integrations
 
 import deltaw
+from deltaw.config import parse
 from deltaw.config.schema import Config
 from deltaw.core.errors import TrainError, UseError, did_you_mean, faults
 from deltaw.core.plan import TargetPlan
 from deltaw.data.dataset import digest
 from deltaw.models.base import Base
 from deltaw.training.prepare import Prepared
+
+RECIPE = ("quantize", "data", "adapter", "train")
+"""Sections of the configuration that go into an adapter's files."""
 
 
 def environment() -> dict[str, str]:
@@ -48,7 +52,8 @@ def unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to continue a run with other rows or another configuration than it began with."""
     if not before:
         raise TrainError("the run has no plan.json, so that nobody knows what it began with: start it anew")
-    found = [f"{key} was {old!r}, is {new!r}" for key, old, new in _differences(before["config"], now["config"], "")]
+    began = parse.parse(before["config"]).to_dict()  # options that are newer than the run have their defaults
+    found = [f"{key} was {old!r}, is {new!r}" for key, old, new in _differences(began, now["config"], "")]
     for key, what in (("rows", "training rows"), ("held_out", "held-out rows")):
         if before["digest"][key] != now["digest"][key]:
             found.append(
@@ -75,7 +80,7 @@ def described(config: Config, base: Base, state: Any, measured: Mapping[str, Any
         "task_type": "CAUSAL_LM",
         "chat_template": hashlib.sha256(template.encode()).hexdigest() if template else None,
         "mask": "all tokens" if d.train_on_prompt or config.train.objective == "text" else f"answers, {d.turns} turns",
-        "recipe": {key: value for key, value in config.to_dict().items() if key in ("data", "adapter", "train")},
+        "recipe": {key: value for key, value in config.to_dict().items() if key in RECIPE},
         "metrics": dict(measured),
         "parents": parents,
     }

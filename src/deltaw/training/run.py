@@ -106,8 +106,9 @@ def _train(config: Config, run: RunDirectory, quiet: bool, resume: bool, shelf: 
     began = time.monotonic()
     data: Prepared = shelf.get("data", (config.model, config.data, config.train.objective), lambda: prepare(config))
     reporters(config.train.report_to)
-    wanted = (config.model, config.train.dtype)
-    base: Base = shelf.get("base", wanted, lambda: load_base(config.model, dtype=config.train.dtype))
+    dtype, quantize = config.train.dtype, config.quantize
+    wanted = (config.model, dtype, quantize)
+    base: Base = shelf.get("base", wanted, lambda: load_base(config.model, dtype=dtype, quantize=quantize))
     base = dataclasses.replace(base, tokenizer=data.tokenizer)
     try:
         return _on(base, config, run, data, quiet, resume, began)

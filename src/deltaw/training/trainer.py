@@ -7,7 +7,8 @@ Overridden, and why:
     _load_from_checkpoint   back into the same tensors, which the optimizer holds
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +73,19 @@ class AdapterTrainer(Trainer):
         )
         one = arguments(run.path, config, steps, every, bool(held_out), next(model.parameters()).device)
         one._n_gpu = min(1, one.n_gpu)  # several cards in one process would be DataParallel, which our loss bypasses
-        super().__init__(
-            model=model,
-            args=one,
-            train_dataset=rows,
-            eval_dataset=held_out or None,
-            data_collator=collate,
-            optimizers=(optimizer, scheduler),
-            callbacks=list(callbacks),
-        )
+        with _admitted(model):
+            super().__init__(
+                model=model,
+                args=one,
+                train_dataset=rows,
+                eval_dataset=held_out or None,
+                data_collator=collate,
+                optimizers=(optimizer, scheduler),
+                callbacks=list(callbacks),
+            )
+        rounded = [path for path, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+        if rounded:
+            raise TrainError(f"the trainer made {rounded[0]} and {len(rounded) - 1} more coarser than fp32")
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
                 callback.logging_dir = str(run.path / "tensorboard")  # else the first evaluation writes beside the run
@@ -178,6 +183,23 @@ class AdapterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         raise AssertionError("the model is saved as an adapter, by _save_checkpoint")
+
+
+@contextlib.contextmanager
+def _admitted(model: nn.Module) -> Iterator[None]:
+    """The Trainer takes a quantised model only with PEFT's mark on it. Left there, it would break `save_pretrained`."""
+    mark = "_hf_peft_config_loaded"
+    if not getattr(model, "is_quantized", False):
+        yield
+        return
+    before = model.__dict__.get(mark)
+    model.__dict__[mark] = True
+    try:
+        yield
+    finally:
+        del model.__dict__[mark]
+        if before is not None:
+            model.__dict__[mark] = before
 
 
 def arguments(
