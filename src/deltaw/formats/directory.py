@@ -28,7 +28,8 @@ from deltaw.formats import manifest
 from deltaw.formats.card import card
 from deltaw.formats.layout import Layout
 from deltaw.formats.peft import base_copies, from_peft, to_peft
-from deltaw.formats.peft_methods import kind_for
+from deltaw.formats.peft_kind import Kind
+from deltaw.formats.peft_methods import kind_for, kind_of
 from deltaw.formats.peft_write import to_nobody
 from deltaw.formats.weights import PICKLED, WEIGHTS, read_tensors
 
@@ -49,6 +50,8 @@ class Stored:
     """What the files call the base; not proven by anything."""
     digest: str
     """Of the tensors, as deltaw.json has it."""
+    kind: Kind | None = None
+    """Of a directory that only PEFT's config describes."""
 
 
 def write(
@@ -99,9 +102,8 @@ def open_directory(path: str | Path, *, allow_pickle: bool = False, strict: bool
     if not (folder / OURS).is_file():
         config = _config(folder)
         state, notes = from_peft(config, tensors, strict=strict)
-        return Stored(
-            state, notes, base_copies(config, tensors), config.get("base_model_name_or_path"), manifest.digest(tensors)
-        )
+        copies, name = base_copies(config, tensors), config.get("base_model_name_or_path")
+        return Stored(state, notes, copies, name, manifest.digest(tensors), kind_of(config))
     ours = manifest.read((folder / OURS).read_text(encoding="utf-8"), str(folder / OURS))
     if manifest.digest(tensors) != ours.digest:
         raise FileError(

@@ -12,6 +12,7 @@ them and reported. Pure functions on plain data; PEFT is not needed. `to_peft` i
 `peft_match`, `parse_config` in `peft_config`.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from deltaw.core.state import AdapterState
 from deltaw.formats.peft_config import DUMMY, check, parse_config
 from deltaw.formats.peft_kind import Kind, Ranked
 from deltaw.formats.peft_match import first_hit, matches, named, saved, shadowed
-from deltaw.formats.peft_methods import kind_of
+from deltaw.formats.peft_methods import KINDS, kind_of
 from deltaw.formats.peft_write import PREFIX, to_peft
 from deltaw.methods.full import Full
 from deltaw.methods.token_rows import TokenRows
@@ -114,6 +115,7 @@ def base_copies(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
 def _sort(config: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: Kind) -> _Sorted:
     parts, whole_modules = _Sorted(), config.get("modules_to_save") or ()
     ends = [(end, _ending(end)) for end in (*kind.keys, *kind.unread)]
+    others = [(end, k) for k in KINDS.values() for end in k.keys if end not in kind.keys]
     for key, tensor in tensors.items():
         if key in kind.shared:
             parts.shared[key] = tensor
@@ -133,11 +135,14 @@ def _sort(config: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: Kind) 
         elif rows := _ROWS.fullmatch(name):
             parts.rows[rows["path"]] = tensor
             parts.names |= {rows["name"]} if rows["name"] else set()
+        elif other := next((k for end, k in others if _ending(end).fullmatch(name)), None):
+            parts.found.append(f"key {key!r} is a tensor of {other.label}, and the config says {kind.called(config)}")
         else:
             _whole(parts, name, tensor)
     return parts
 
 
+@functools.cache
 def _ending(end: str) -> re.Pattern[str]:
     """Keys of this end; the adapter's name may stand after the first word."""
     word, dot, rest = end.partition(".")

@@ -28,7 +28,7 @@ def check(config: Mapping[str, Any], *, strict: bool = True) -> list[str]:
     found += kind.faults(config)
     valid = {**ANYWHERE, **kind.valid}
     silent = IRRELEVANT | {*kind.unused, *kind.unsupported, *kind.for_training}
-    notes = []
+    notes = kind.notes(config)
     for key, value in config.items():
         if key in valid:
             words = valid[key](value)

@@ -21,8 +21,6 @@ from deltaw.formats.peft_valid import ALPHAS, POSITIVE, RANKS, WHOLE, Check
 Value = TypeVar("Value", int, float)
 OPTIONAL = ("bias", "modules_to_save", "rank_pattern", "alpha_pattern")
 """Options of PEFT's that finished tensors answer: a method of ours without such a field can still be read."""
-FIRST_WORDS = {"base_layer", "original_module", "modules_to_save", "token_adapter"}
-"""Parts of PEFT's keys, whatever the method."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,7 @@ class Kind:
     """Attributes of our method that the config decides: adapter_config.json and deltaw.json must agree on them."""
 
     def holds(self, method: Method) -> bool:
-        return any(type(method) is get(name) for name in self.names)
-
-    @property
-    def words(self) -> set[str]:
-        """Parts of its keys: a base's module of such a name cannot be told from them."""
-        return FIRST_WORDS | {end.split(".")[0] for end in self.keys}
+        return method.name in self.names and type(method) is get(method.name)
 
     def called(self, config: Mapping[str, Any]) -> str:
         return self.label
@@ -85,6 +78,10 @@ class Kind:
 
     def faults(self, config: Mapping[str, Any]) -> list[str]:
         """What else of a config is impossible or not supported, each a sentence."""
+        return []
+
+    def notes(self, config: Mapping[str, Any]) -> list[str]:
+        """What a user should know of a config that is read all the same."""
         return []
 
     def untrainable(self, config: Mapping[str, Any]) -> list[str]:

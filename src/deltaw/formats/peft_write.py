@@ -21,7 +21,7 @@ from deltaw.core.method import Method, Site
 from deltaw.core.state import AdapterState
 from deltaw.formats.layout import Layout
 from deltaw.formats.peft_config import DUMMY
-from deltaw.formats.peft_kind import FIRST_WORDS, Kind
+from deltaw.formats.peft_kind import Kind
 from deltaw.formats.peft_match import matches, saved, shadowed
 from deltaw.formats.peft_methods import KINDS, OURS, kind_for
 from deltaw.methods.full import Full
@@ -44,6 +44,16 @@ CLASSES = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+
+
+RESERVED = {
+    "base_layer",
+    "original_module",
+    "modules_to_save",
+    "token_adapter",
+    *(end.split(".")[0] for kind in KINDS.values() for end in kind.keys),
+}
+"""Parts of PEFT's keys: a base's module of such a name cannot be told from them."""
 
 
 def to_peft(state: AdapterState, layout: Layout | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -98,7 +108,7 @@ def _no_format(site: Site, method: Method, state: AdapterState, kind: Kind, layo
         return f"PEFT has no format for {method.name!r}"
     if not site.path:
         return "PEFT never adapts the model itself, only modules inside it"
-    if (FIRST_WORDS | kind.words) & set(site.path.split(".")):
+    if RESERVED & set(site.path.split(".")):
         return "a module on the way has one of PEFT's own names"
     if rows and not kind.token_rows:
         return f"PEFT has no token rows beside {kind.label}"
@@ -110,7 +120,7 @@ def _no_format(site: Site, method: Method, state: AdapterState, kind: Kind, layo
             return "PEFT either adapts a module or trains it whole"
         return None
     if site.slot != "weight":
-        return f"PEFT's {kind.label} adapts weights only, not {site.slot!r}"
+        return f"parameters of their own ({site.slot}) are not written to PEFT's target_parameters yet"
     return kind.unheld(method, state.specs.get(site), layout is not None and site.path in layout.transposed)
 
 

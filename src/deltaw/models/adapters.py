@@ -20,6 +20,7 @@ from deltaw.core.attach import extract, fit, insert
 from deltaw.core.base import base_modules, base_parameters, identify, quantization
 from deltaw.core.errors import BaseMismatchError, FileError, faults
 from deltaw.core.host import host_of
+from deltaw.core.method import Site
 from deltaw.core.state import AdapterState
 from deltaw.formats import directory
 from deltaw.formats.layout import Layout
@@ -117,8 +118,11 @@ def load(
             "outputs differ by what quantising rounds off"
         )
     left: list[str] = []
+    other = _otherwise(model, stored)
+    if other and strict:
+        raise faults(FileError, f"{path} cannot be read", [f"{site}: {why}" for site, why in other.items()])
     if not strict:
-        state, left = _what_fits(model, state, str(path))
+        state, left = _what_fits(model, state, other, str(path))
         for fault in left:
             log.warning("%s: left out: %s", path, fault)
     insert(model, state, name=name)
@@ -171,9 +175,24 @@ def _size(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape))
 
 
-def _what_fits(model: nn.Module, state: AdapterState, path: str) -> tuple[AdapterState, list[str]]:
+def _otherwise(model: nn.Module, stored: directory.Stored) -> dict[Site, str]:
+    """Sites of a file of PEFT's on layers for which PEFT has not the method, or computes it in another way."""
+    found, modules = {}, dict(model.named_modules())
+    for site, method in stored.state.methods.items() if stored.kind is not None else ():
+        host = host_of(modules[site.path], site.slot, method.host) if site.path in modules else None
+        if stored.kind is None or host is None or not stored.kind.holds(method) or not host.has(host.module, site.slot):
+            continue
+        reason = stored.kind.unheld(method, host.spec, isinstance(host, TransposedLinearHost))
+        if reason:
+            found[site] = reason
+    return found
+
+
+def _what_fits(
+    model: nn.Module, state: AdapterState, other: Mapping[Site, str], path: str
+) -> tuple[AdapterState, list[str]]:
     """The part of a state that fits the model, and the faults of the rest. FileError where nothing fits."""
-    misfits = fit(model, state)
+    misfits = {**other, **fit(model, state)}
     kept = [site for site in state.methods if site not in misfits]
     left = [f"{site}: {fault}" for site, fault in misfits.items()]
     if not kept:

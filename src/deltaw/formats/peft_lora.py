@@ -1,0 +1,173 @@
+"""LORA and ADALORA in PEFT's files.
+
+LORA      lora_A.weight [r, in, *kernel], lora_B.weight [out, r, *ones]; scale α/r, or α/√r with use_rslora
+          lora_embedding_A [r, vocab], lora_embedding_B [dim, r]; lora_magnitude_vector [out] or [1, out, 1, …]
+ADALORA   lora_A [r, fan_in], lora_E [r, 1], lora_B [out, r]; scale α/(init_r + 1e-5). rank_pattern says for every
+          pruned module which of its init_r triplets are left; its tensors hold those alone
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from deltaw.core.errors import ConfigError
+from deltaw.core.host import HostSpec
+from deltaw.core.method import Method
+from deltaw.formats.peft_kind import Piece, Ranked, ranked_rules
+from deltaw.formats.peft_valid import SHARE, SWITCH, TOKENS, biases
+from deltaw.methods.dora import DoRA
+from deltaw.methods.lora import LoRA
+
+INITS: Mapping[str, Literal["kaiming", "gaussian"]] = {
+    "gaussian": "gaussian", "eva": "kaiming", "orthogonal": "kaiming", "true": "kaiming", "false": "kaiming"
+}  # fmt: skip
+"""Initialisations of LoRA that leave the base's weight alone → how we would start A."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAKind(Ranked):
+    """LoRA, rsLoRA and DoRA, one switch for all modules. use_rslora: scale α/√r."""
+
+    def called(self, config: Mapping[str, Any]) -> str:
+        return "DoRA" if config.get("use_dora") else "LoRA"
+
+    def faults(self, config: Mapping[str, Any]) -> list[str]:
+        init = _init(config)
+        if init in INITS:
+            return []
+        return [f"initialisation {init!r} is not supported yet: it changes the base's weight or freezes a factor"]
+
+    def untrainable(self, config: Mapping[str, Any]) -> list[str]:
+        if config.get("init_lora_weights") is not False:
+            return []
+        return ["init_lora_weights=false starts with a random change of the base: use true"]
+
+    def method(self, config: Mapping[str, Any]) -> Method:
+        return self.make(
+            config, "dora" if config.get("use_dora") else "lora", **self.ranked(config),
+            dropout=float(config.get("lora_dropout") or 0.0), rslora=bool(config.get("use_rslora")), init=INITS[_init(config)],
+        )  # fmt: skip
+
+    def forms(self, config: Mapping[str, Any]) -> Sequence[set[str]]:
+        return [{"lora_A", "lora_B", "magnitude"} if config.get("use_dora") else {"lora_A", "lora_B"}]
+
+    def read(
+        self, config: Mapping[str, Any], path: str, found: Mapping[str, Tensor], shared: Mapping[str, Tensor]
+    ) -> Piece | str:
+        group = {self.keys[end]: t.flatten() if self.keys[end] == "magnitude" else t for end, t in found.items()}
+        reason = self.incomplete(config, group) or _no_pair(group["lora_A"], group["lora_B"])
+        if reason:
+            return reason
+        a, b = group["lora_A"], group["lora_B"]
+        method = dataclasses.replace(
+            self.plain(self.method(config)), rank=a.shape[0], alpha=self.alpha_of(config, path)
+        )  # type: ignore[call-arg]
+        spec = HostSpec((b.shape[0], *a.shape[1:]), lookup="lora_embedding_A" in found)
+        return Piece(method, group, spec, self.told(config, path, a.shape[0]))
+
+    def unheld(self, method: Method, spec: HostSpec | None, transposed: bool) -> str | None:
+        if spec is None:
+            return "the kind of layer is not known: load the adapter into its model first"
+        if spec.groups > 1:
+            return "PEFT's grouped convolution is another function (it has no ΔW of the weight's shape)"
+        return super().unheld(method, spec, transposed)
+
+    def tensors(self, method: Method, group: Mapping[str, Tensor], spec: HostSpec | None) -> dict[str, Tensor]:
+        assert spec is not None
+        form = "lora_embedding_{}" if spec.lookup else "lora_{}.weight"
+        tensors = {form.format(which): group[f"lora_{which}"] for which in "AB"}
+        if "magnitude" in group:
+            kernel, magnitude = len(spec.shape) - 2, group["magnitude"]
+            tensors["lora_magnitude_vector"] = magnitude.view(1, -1, *[1] * kernel) if kernel else magnitude
+        return tensors
+
+    def options(self, methods: Mapping[str, Any], specs: Mapping[str, HostSpec | None]) -> dict[str, Any]:
+        if len({type(method) for method in methods.values()}) > 1:
+            raise ConfigError("LoRA and DoRA in one adapter: PEFT has one switch for all modules")
+        first: Any = next(iter(methods.values()), LoRA(rank=8, alpha=8.0))
+        rslora = all(method.rslora for method in methods.values()) and bool(methods)
+        # scale · r where the modules disagree on rsLoRA: PEFT has one switch
+        alphas = {p: float(m.alpha) if m.rslora == rslora else m.scale * m.rank for p, m in methods.items()}
+        return {
+            **self.patterned({path: method.rank for path, method in methods.items()}, alphas),
+            "lora_dropout": first.dropout,
+            "use_rslora": rslora,
+            "use_dora": isinstance(first, DoRA),
+            "init_lora_weights": True,
+        }
+
+
+def _init(config: Mapping[str, Any]) -> str:
+    value = config.get("init_lora_weights")
+    return "true" if value is None else str(value).lower()
+
+
+def _no_pair(a: Tensor, b: Tensor) -> str | None:
+    """Why A and B are no pair of factors, or None."""
+    shapes = f"A is {tuple(a.shape)} and B is {tuple(b.shape)}"
+    if a.ndim < 2 or b.ndim < 2 or 0 in (*a.shape, *b.shape):
+        return f"{shapes}: not two matrices; were they gathered before saving from a sharded run?"
+    if a.ndim > 2 and a.shape[0] != b.shape[1] and a.shape[0] % b.shape[1] == 0:
+        return f"{shapes}: PEFT's grouped convolution is not supported yet (it has no ΔW of the weight's shape)"
+    return f"{shapes}: their ranks differ" if a.shape[0] != b.shape[1] else None
+
+
+LORA = LoRAKind(
+    type="LORA",
+    label="LoRA",
+    names=("lora", "dora"),
+    keys={
+        "lora_A.weight": "lora_A",
+        "lora_B.weight": "lora_B",
+        "lora_embedding_A": "lora_A",
+        "lora_embedding_B": "lora_B",
+        "lora_magnitude_vector": "magnitude",
+        "lora_magnitude_vector.weight": "magnitude",
+    },
+    unread={"lora_A.bias": "a bias on A", "lora_B.bias": "a bias on B (lora_bias)"},
+    alpha="lora_alpha",
+    valid={
+        **ranked_rules("lora_alpha"),
+        "lora_dropout": SHARE,
+        "use_rslora": SWITCH,
+        "use_dora": SWITCH,
+        "trainable_token_indices": TOKENS,
+        "bias": biases("lora_only"),
+    },
+    unsupported={
+        "lora_bias": "a bias on B (lora_bias)",
+        "use_qalora": "QA-LoRA (use_qalora)",
+        "use_bdlora": "BD-LoRA (use_bdlora)",
+        "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
+        "layer_replication": "layer replication (layer_replication)",
+        "target_parameters": "MoE parameters as targets (target_parameters)",
+        "kasa_config": "KaSA (kasa_config)",
+        "velora_config": "VeLoRA (velora_config)",
+        "monteclora_config": "MonteCLoRA (monteclora_config)",
+        "arrow_config": "Arrow routing (arrow_config)",
+        "megatron_config": "Megatron layers (megatron_config)",
+        "enable_lora": "LoRA on parts of a fused weight (enable_lora)",
+    },
+    unused={
+        "init_lora_weights",
+        "qalora_group_size",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "megatron_core",
+        "merge_weights",
+    },
+    for_training={
+        "trainable_token_indices": "token rows (attach TokenRows under the same name)",
+        "ensure_weight_tying": "adapters shared by tied modules (ensure_weight_tying)",
+    },
+    bias="lora_only",
+    token_rows=True,
+    kernels=(0, 1, 2, 3),
+    lookup=True,
+    transposed=True,
+)
