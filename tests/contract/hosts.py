@@ -6,12 +6,25 @@ from dataclasses import dataclass
 import bitsandbytes
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import BertConfig, GPT2Config, GptOssConfig, LlamaConfig, MixtralConfig, Qwen3Config
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.pytorch_utils import Conv1D
+
+
+def plainly(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x)
+
+
+def routed(experts: nn.Module, x: Tensor) -> Tensor:
+    """Two experts for each of the tokens x: [T, in], the first the more; the last expert gets none."""
+    token = torch.arange(len(x))[:, None] * torch.tensor([1, 2])
+    weights = torch.tensor([0.7, 0.4], dtype=x.dtype).expand(len(x), 2)
+    return experts(x, (token + torch.tensor([0, 1])) % (experts.num_experts - 1), weights)
 
 
 @dataclass(frozen=True)
@@ -24,22 +37,24 @@ class HostCase:
     """Writing a weight rounds it to a few bits: what that loses is part of what a merge must compute, to the same 1e-5."""
     rounds_input: bool = False
     """In evaluation the layer itself rounds its input: outputs of the two modes are compared by what the adapter adds."""
+    call: Callable[[nn.Module, Tensor], Tensor] = plainly
 
     def net(self) -> "Net":
-        return Net(self.make())
+        return Net(self.make(), self.call)
 
 
 class Net(nn.Module):
     """The layer, and a neighbour that nothing may touch; half of its flags are off to begin with."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, call: Callable[[nn.Module, Tensor], Tensor] = plainly):
         super().__init__()
         self.layer = layer
+        self.call = call
         self.neighbour = nn.Linear(3, 2)
         self.neighbour.bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        return self.call(self.layer, x)
 
 
 def _fused_qkv() -> nn.Linear:
@@ -115,6 +130,16 @@ def _int8() -> nn.Module:
     return bitsandbytes.nn.Linear8bitLt(64, 48, has_fp16_weights=False).to("cpu")
 
 
+def _experts(kind: type[nn.Module], config: type, implementation: str) -> nn.Module:
+    """Five experts, wider inside than outside."""
+    small = config(hidden_size=24, intermediate_size=40, num_local_experts=5)
+    small._experts_implementation = implementation
+    experts = kind(small)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return experts
+
+
 HOSTS = {
     "linear": HostCase(lambda: nn.Linear(32, 48), lambda: torch.randn(2, 5, 32)),
     "linear-no-bias": HostCase(lambda: nn.Linear(37, 53, bias=False), lambda: torch.randn(7, 37)),
@@ -140,4 +165,16 @@ HOSTS = {
     "qwen-block": HostCase(_qwen_block, lambda: torch.randn(2, 5, 24), linear=False),
     "gpt2-block": HostCase(_gpt2_block, lambda: torch.randn(2, 5, 24), linear=False),
     "bert-block": HostCase(_bert_block, lambda: torch.randn(2, 5, 24), linear=False),
+    "experts": HostCase(
+        lambda: _experts(MixtralExperts, MixtralConfig, "batched_mm"),
+        lambda: torch.randn(7, 24),
+        linear=False,
+        call=routed,
+    ),
+    "experts-transposed": HostCase(
+        lambda: _experts(GptOssExperts, GptOssConfig, "grouped_mm"),
+        lambda: torch.randn(7, 24),
+        linear=False,
+        call=routed,
+    ),
 }

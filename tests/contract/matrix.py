@@ -2,6 +2,7 @@
 
 NO_WEIGHT = "none of which can carry"
 NO_VALUES = "is quantised"
+NO_STACK = "has no form for stacks of weights"
 NO_ROWS = "token rows belong to an embedding or a head"
 NO_TURN = "its inputs are ids, there is nothing to rotate"
 
@@ -27,6 +28,8 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "qwen-block": NO_WEIGHT,
         "gpt2-block": NO_WEIGHT,
         "bert-block": NO_WEIGHT,
+        "experts": NO_STACK,
+        "experts-transposed": NO_STACK,
     },
     "bottleneck": {
         "linear": NO_WEIGHT,
@@ -49,6 +52,8 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "qwen-block": True,
         "gpt2-block": True,
         "bert-block": True,
+        "experts": NO_WEIGHT,
+        "experts-transposed": NO_WEIGHT,
     },
     "dora": {
         "linear": True,
@@ -71,6 +76,8 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "qwen-block": NO_WEIGHT,
         "gpt2-block": NO_WEIGHT,
         "bert-block": NO_WEIGHT,
+        "experts": NO_STACK,
+        "experts-transposed": NO_STACK,
     },
     "full": {
         "linear": True,
@@ -93,6 +100,8 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "qwen-block": True,
         "gpt2-block": True,
         "bert-block": True,
+        "experts": True,
+        "experts-transposed": True,
     },
     "llama_adapter": {
         "linear": NO_WEIGHT,
@@ -115,6 +124,8 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "qwen-block": True,
         "gpt2-block": True,
         "bert-block": True,
+        "experts": NO_WEIGHT,
+        "experts-transposed": NO_WEIGHT,
     },
     "ia3": {
         "linear": True,
@@ -137,6 +148,8 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "qwen-block": NO_WEIGHT,
         "gpt2-block": NO_WEIGHT,
         "bert-block": NO_WEIGHT,
+        "experts": NO_STACK,
+        "experts-transposed": NO_STACK,
     },
     "lora": {
         "linear": True,
@@ -159,6 +172,8 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "qwen-block": NO_WEIGHT,
         "gpt2-block": NO_WEIGHT,
         "bert-block": NO_WEIGHT,
+        "experts": True,
+        "experts-transposed": True,
     },
     "oft": {
         "linear": True,
@@ -181,6 +196,8 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "qwen-block": NO_WEIGHT,
         "gpt2-block": NO_WEIGHT,
         "bert-block": NO_WEIGHT,
+        "experts": NO_STACK,
+        "experts-transposed": NO_STACK,
     },
     "token_rows": {
         "linear": True,
@@ -203,6 +220,8 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "qwen-block": NO_WEIGHT,
         "gpt2-block": NO_WEIGHT,
         "bert-block": NO_WEIGHT,
+        "experts": NO_STACK,
+        "experts-transposed": NO_STACK,
     },
     "vera": {
         "linear": True,
@@ -225,6 +244,8 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "qwen-block": NO_WEIGHT,
         "gpt2-block": NO_WEIGHT,
         "bert-block": NO_WEIGHT,
+        "experts": NO_STACK,
+        "experts-transposed": NO_STACK,
     },
 }
 

@@ -32,8 +32,8 @@ def tuned(method: Method, case: HostCase, name: str = "default") -> Net:
     return net
 
 
-def stir(net: nn.Module, method: Method, name: str) -> None:
-    attach(net, method, targets="layer", name=name)
+def stir(net: nn.Module, method: Method, name: str, targets: str = "layer") -> None:
+    attach(net, method, targets=targets, name=name)
     for parameter in net.parameters():
         if parameter.requires_grad:
             parameter.data.add_(0.3 * torch.randn_like(parameter))

@@ -99,8 +99,8 @@ def test_matrix_is_complete() -> None:
     assert sorted(COUNT) == OURS
     assert (len(MATRIX), len(HOSTS), sum(value is True for row in MATRIX.values() for value in row.values())) == (
         10,
-        20,
-        122,
+        22,
+        126,
     )
 
 
@@ -152,32 +152,45 @@ def test_trainable_count_is_the_formula(method: Method, case: HostCase) -> None:
     net = case.net()
     planned = attach(net, method, targets="layer")
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    host, bias = host_of(net.layer), getattr(net.layer, "bias", None)
-    extra = 0 if bias is None else bias.numel()
     if planned.targets[0].site.slot in ("output", "heads"):
         assert trainable == planned.trainable == sum(forward_only_count(target) for target in planned.targets)
         return
-    if host is None:  # trained whole
-        spec, extra = HostSpec((sum(p.numel() for p in net.layer.parameters() if not p.requires_grad), 1)), 0
-    else:
-        spec = host.spec
+    assert trainable == planned.trainable == sum(expected(method, spec, bias) for spec, bias in weights(net.layer))
+
+
+def weights(layer: torch.nn.Module) -> list[tuple[HostSpec, Tensor | None]]:
+    """Every weight of the layer, with its bias."""
+    host = host_of(layer)
+    if host is None:
+        return [
+            (HostSpec((sum(p.numel() for p in layer.parameters() if not p.requires_grad), 1)), None)
+        ]  # trained whole
+    slots = [slot for slot in host.slots if host.has(layer, slot)]
+    biases = [getattr(layer, "bias" if slot == "weight" else f"{slot}_bias", None) for slot in slots]
+    return [(host_of(layer, slot).spec, bias) for slot, bias in zip(slots, biases, strict=True)]
+
+
+def expected(method: Any, spec: HostSpec, bias: Tensor | None) -> int:
+    """The formula at one weight, or at each of a stack."""
+    stack = spec.stack or 1
     rank = len(method.tokens) if hasattr(method, "tokens") else getattr(method, "rank", None)
     if has(method.name, "block"):
         rank = method.at("", spec)
     elif rank is None:
         rank = min(16, spec.shape[0], spec.fan_in)
-    kernel = spec.fan_in // spec.shape[1]
     m, n = spec.shape[:2] if not (has(method.name, "tokens") and spec.lookup) else spec.shape[1::-1]
-    assert trainable == planned.trainable == COUNT[method.name](m, n, kernel, rank, extra)
+    kernel, extra = spec.fan_in // spec.shape[1], 0 if bias is None else bias.numel() // stack
+    return stack * COUNT[method.name](m, n, kernel, rank, extra)
 
 
-@pytest.mark.parametrize("host", [host for host in HOSTS if ("lora", host) in PAIRS])
-@pytest.mark.parametrize("name", [name for name in OURS if has(name, "dropout")])
+@pytest.mark.parametrize(("name", "host"), [(name, host) for name, host in PAIRS if has(name, "dropout")])
 def test_dropout_only_in_training_and_only_on_the_branch(name: str, host: str) -> None:
     make: Any = get(name)
-    net, x = HOSTS[host].net(), HOSTS[host].inputs()
+    case = HOSTS[host]
+    net, x = case.net(), case.inputs()
     fields = {"rank": 4, "alpha": 6.0, "dropout": 0.5}
-    suite.stir(net, make(**{k: v for k, v in fields.items() if has(name, k)}), "default")
+    targets = "layer" if case.linear else "layer.down_proj"  # the weight that the output is linear in
+    suite.stir(net, make(**{k: v for k, v in fields.items() if has(name, k)}), "default", targets)
     with torch.no_grad(), use(net, {}):
         base = net(x)
         assert torch.equal(net(x), base)  # the base has no dropout, whatever the adapter has

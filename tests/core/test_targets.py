@@ -10,7 +10,8 @@ from torch import nn
 from core import tiny
 from deltaw.core.attach import attach
 from deltaw.core.errors import ConfigError, TargetError
-from deltaw.core.targets import parse_layers, plan
+from deltaw.core.layers import parse_layers
+from deltaw.core.targets import plan
 from deltaw.methods.full import Full
 from deltaw.methods.lora import LoRA
 from deltaw.methods.token_rows import TokenRows

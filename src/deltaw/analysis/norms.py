@@ -9,9 +9,9 @@ from deltaw.core.state import AdapterState
 
 
 def norm(factors: Factors) -> float:
-    """‖ΔW‖_F of one site."""
+    """‖ΔW‖_F of one site; of a stack over all its weights."""
     a, b, scale = factors
-    square = float(((b.double().T @ b.double()) * (a.double() @ a.double().T)).sum())
+    square = float(((b.double().mT @ b.double()) * (a.double() @ a.double().mT)).sum())
     return abs(scale) * max(square, 0.0) ** 0.5
 
 

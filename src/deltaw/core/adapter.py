@@ -18,7 +18,10 @@ Call = Callable[..., Any]
 
 
 class Factors(NamedTuple):
-    """W' = W + scale · b @ a, with a: [r, fan_in] and b: [out, r]. The scale is always part of the change."""
+    """W' = W + scale · b @ a, with a: [r, fan_in] and b: [out, r]. The scale is always part of the change.
+
+    Of a stack of E weights a: [E, r, fan_in] and b: [E, out, r].
+    """
 
     a: Tensor
     b: Tensor
@@ -80,9 +83,12 @@ class WeightAdapter(Adapter):
         change = self.branch(host, x)
         return (strength * change.float()).to(change.dtype)
 
-    def forward(self, host: Any, call: Call, strength: Tensor | None, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        y = call(input, *args, **kwargs)
-        return y + (self.branch(host, input) if strength is None else self.weighted(host, input, strength))
+    def dropped(self, x: Tensor) -> Tensor:
+        """The change's own input, where it has dropout."""
+        return x
+
+    def forward(self, host: Any, call: Call, strength: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        return host.adapted(self, call, strength, *args, **kwargs)
 
 
 def compute_dtype(host: WeightHost | Host, x: Tensor) -> Any:

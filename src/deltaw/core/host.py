@@ -9,11 +9,13 @@ layer is, so that N methods and M kinds of layer need N + M pieces of code:
     nn.Embedding           [vocab, dim]      [dim, vocab], out = dim     column of W for each id
     nn.Conv1d/2d/3d        [out, in/g, k…]   the same                    convolution with the layer's own stride, …
     bitsandbytes           4 or 8 bit codes  decoded, [out, in]          x Wᵀ
+    experts (MoE)          [E, …, …]         [E, out, in]                one matrix for the rows of each expert
 
 `op` is linear in W and leaves the bias out: ΔW acts as y + op(x, ΔW).
 """
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ class HostSpec:
 
     shape: tuple[int, ...]
     """Canonical shape of the slot: [out, in, *kernel] where the layer is linear in it, else the parameter's own."""
+    stack: int | None = None
+    """Number of weights of this shape side by side in the slot (experts), where it is a stack of them."""
     groups: int = 1
     """Groups of a convolution; `in` counts the channels of one group."""
     lookup: bool = False
@@ -49,11 +53,14 @@ class HostSpec:
         return self.numel // self.shape[0]
 
     @property
+    def whole(self) -> tuple[int, ...]:
+        """Shape of the canonical weight, with the stack in front where there is one."""
+        return self.shape if self.stack is None else (self.stack, *self.shape)
+
+    @property
     def numel(self) -> int:
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
+        """Numbers in one weight."""
+        return math.prod(self.shape)
 
 
 class Host:
@@ -124,11 +131,31 @@ class Host:
         """Why this very module cannot carry adapters, or None."""
         return None
 
+    @contextlib.contextmanager
+    def replaced(self, change: Callable[[Any, Tensor], Any]) -> Iterator[None]:
+        """Run the module with change(current, base) in place of the parameter; several replacements nest.
+
+        The module itself is changed while it runs, so threads take turns.
+        """
+        parameters: dict[str, Any] = self.module._parameters
+        pristine = here(self.module).pristine
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else TURNS:
+            current, outermost = self.stored, self.slot not in pristine
+            if outermost:
+                pristine[self.slot] = current
+            try:
+                parameters[self.slot] = change(current, self.parameter)
+                yield
+            finally:
+                parameters[self.slot] = current
+                if outermost:
+                    del pristine[self.slot]
+
 
 class WeightHost(Host):
     """A layer whose slot holds a weight with a canonical dense form."""
 
-    slots = ("weight",)
+    slots: ClassVar[tuple[str, ...]] = ("weight",)
 
     @property
     def weight(self) -> Tensor:
@@ -144,6 +171,13 @@ class WeightHost(Host):
         """Store a canonical weight (any float dtype) in the parameter, in the parameter's dtype and layout."""
         with torch.no_grad():
             self.stored.copy_(weight)
+
+    def adapted(
+        self, adapter: Any, call: Callable[..., Any], strength: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The layer's call with a WeightAdapter's change: added to its output. Override where that is too late."""
+        y, x = call(*args, **kwargs), args[0] if args else kwargs["input"]
+        return y + (adapter.branch(self, x) if strength is None else adapter.weighted(self, x, strength))
 
     def op(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's operator with another canonical weight, without bias. Linear in `weight`."""
@@ -210,26 +244,6 @@ class ParameterHost(Host):
             return f"{computes[0].__name__} computes the weight of this {kind} before every call: remove it first"
         return None
 
-    @contextlib.contextmanager
-    def replaced(self, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
-        """Run the module with change(current, base) in place of the parameter; several replacements nest.
-
-        The module itself is changed while it runs, so threads take turns.
-        """
-        parameters: dict[str, Any] = self.module._parameters
-        pristine = here(self.module).pristine
-        with contextlib.nullcontext() if torch.compiler.is_compiling() else TURNS:
-            current, outermost = self.stored, self.slot not in pristine
-            if outermost:
-                pristine[self.slot] = current
-            try:
-                parameters[self.slot] = change(current, self.weight)
-                yield
-            finally:
-                parameters[self.slot] = current
-                if outermost:
-                    del pristine[self.slot]
-
 
 def wide(weight: Tensor) -> Tensor:
     """In fp32, or in fp64 where it is that."""
@@ -239,17 +253,22 @@ def wide(weight: Tensor) -> Tensor:
 TURNS = threading.RLock()
 """Held while a module is changed for the time of one call."""
 _KINDS: dict[str, list[type[Host]]] = {}  # qualified name of a layer class → views of it
+_FAMILIES: list[tuple[Callable[[type], bool], type[Host]]] = []  # what tells a class by itself → the view of it
 
 
-def register(*layers: type[nn.Module] | str) -> Callable[[type[Host]], type[Host]]:
-    """Class decorator: this Host is the view of `layers`, given as classes or as qualified names.
+def register(*layers: type[nn.Module] | str | Callable[[type], bool]) -> Callable[[type[Host]], type[Host]]:
+    """Class decorator: this Host is the view of `layers`, given as classes, as qualified names or as what tells them.
 
-    A name ("transformers.pytorch_utils.Conv1D") needs no import of the library that owns the class.
+    A name ("transformers.pytorch_utils.Conv1D") needs no import of the library that owns the class. A function says of
+    a class by itself, those above it left out, whether it is one of a family.
     """
 
     def add(kind: type[Host]) -> type[Host]:
         for layer in layers:
-            _KINDS.setdefault(layer if isinstance(layer, str) else _qualified(layer), []).append(kind)
+            if isinstance(layer, str | type):
+                _KINDS.setdefault(layer if isinstance(layer, str) else _qualified(layer), []).append(kind)
+            else:
+                _FAMILIES.append((layer, kind))
         return kind
 
     return add
@@ -265,7 +284,7 @@ def kind_of(layer: type[nn.Module], protocol: type[Host] = WeightHost) -> type[H
         return ParameterHost
     plugins.load("deltaw.hosts")
     for cls in layer.__mro__:
-        for kind in _KINDS.get(_qualified(cls), ()):
+        for kind in (*_KINDS.get(_qualified(cls), ()), *(kind for tells, kind in _FAMILIES if tells(cls))):
             if issubclass(kind, protocol):
                 return kind
     return None

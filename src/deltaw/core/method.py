@@ -46,8 +46,15 @@ class Method:
     """Raised when the meaning of the saved tensors changes; a file of a newer version is refused."""
     host: ClassVar[type[Host]] = WeightHost
     """The view this method needs of a module; modules without it cannot carry the method."""
+    stacks: ClassVar[bool] = False
+    """True where it sits on stacks of weights (experts): its adapter's tensors are then those of every weight, stacked
+    along a first dimension, and so are its factors, which it must have. A subclass says so itself."""
     follows_ties: ClassVar[bool] = False
     """True for changes of a table itself (token rows): they act in every module that is tied to the same parameter."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.stacks = cls.__dict__.get("stacks", False)
 
     def __post_init__(self) -> None:
         found = list(self.invalid())
@@ -61,6 +68,12 @@ class Method:
     def unfit(self, spec: HostSpec) -> str | None:
         """Why a layer of this shape cannot carry the method as configured, or None."""
         return None
+
+    def unstacked(self, spec: HostSpec) -> str | None:
+        """Why the method cannot sit on this stack, or None; also of a slot that is no stack."""
+        if spec.stack is None or self.stacks:
+            return None
+        return f"{self.name} has no form for stacks of weights (experts), lora has"
 
     def unused(self, paths: Sequence[str]) -> Sequence[str]:
         """Faults of fields that name modules (patterns) and match none of the adapted `paths`."""

@@ -45,7 +45,7 @@ class TargetPlan:
         for t in self.targets:
             folded = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", str(t.site))
             rank = getattr(t.method, "rank", None)
-            key = (folded, t.layer, "×".join(map(str, t.spec.shape)), t.method.name, "–" if rank is None else str(rank))
+            key = (folded, t.layer, "×".join(map(str, t.spec.whole)), t.method.name, "–" if rank is None else str(rank))
             rows.setdefault(key, []).append(t.trainable)
         table: list[tuple[str, ...]] = [("module", "layer", "shape", "method", "rank", "count", "trainable")]
         table += [(*key, str(len(counts)), f"{sum(counts):,}") for key, counts in rows.items()]

@@ -19,7 +19,7 @@ from deltaw.core.adapter import Factors, WeightAdapter
 from deltaw.core.base import BaseIdentity
 from deltaw.core.errors import UseError, did_you_mean, faults
 from deltaw.core.host import HostSpec, WeightHost
-from deltaw.core.method import Method, Site
+from deltaw.core.method import Method, Part, Site
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,14 @@ class AdapterState:
 
     def factors(self, site: Site) -> Factors | None:
         """The change at `site` as low-rank factors, where it is exactly that."""
-        return self.methods[site].factors(self.tensors[site])
+        method, stack = self.methods[site], _stack(self, site)
+        if stack is None:
+            return method.factors(self.tensors[site])
+        each = [method.factors(tensors) for tensors in _each(self.tensors[site], stack)]
+        found = [factors for factors in each if factors is not None]
+        if len(found) < stack:
+            return None
+        return Factors(torch.stack([f.a for f in found]), torch.stack([f.b for f in found]), found[0].scale)
 
     def __mul__(self, weight: float) -> "AdapterState":
         if isinstance(weight, bool) or not isinstance(weight, int | float):
@@ -76,12 +83,14 @@ def combine(states: Sequence[AdapterState], weights: Sequence[float]) -> Adapter
             for s, w in zip(states, weights, strict=True)
             if site in s.methods
         ]
-        shapes = {s.specs[site].shape for s in states if site in s.specs}
+        shapes = {s.specs[site].whole for s in states if site in s.specs}
         if len(shapes) > 1 and all(method.host is WeightHost for method, _, _ in parts):
             found.append(f"{site}: the layers have different shapes, {' and '.join(map(str, sorted(shapes)))}")
             continue
         try:
-            methods[site], tensors[site] = parts[0][0].combine(parts)
+            methods[site], tensors[site] = _mixed(
+                parts, next((_stack(s, site) for s in states if site in s.specs), None)
+            )
         except UseError as error:
             found.append(f"{site}: {error}")
             continue
@@ -91,6 +100,24 @@ def combine(states: Sequence[AdapterState], weights: Sequence[float]) -> Adapter
         raise faults(UseError, "these adapters cannot be mixed exactly", found)
     specs = {site: spec for state in reversed(states) for site, spec in state.specs.items()}
     return AdapterState(methods, tensors, specs, base=next((s.base for s in states if s.base), None), meta={})
+
+
+def _mixed(parts: Sequence[Part], stack: int | None) -> tuple[Method, Mapping[str, Tensor]]:
+    """One site of a mix; the weights of a stack are mixed each by itself."""
+    if stack is None:
+        return parts[0][0].combine(parts)
+    split = [(method, _each(tensors, stack), weight) for method, tensors, weight in parts]
+    each = [parts[0][0].combine([(method, one[e], weight) for method, one, weight in split]) for e in range(stack)]
+    return each[0][0], {name: torch.stack([tensors[name] for _, tensors in each]) for name in each[0][1]}
+
+
+def _stack(state: AdapterState, site: Site) -> int | None:
+    return state.specs[site].stack if site in state.specs else None
+
+
+def _each(tensors: Mapping[str, Tensor], stack: int) -> list[dict[str, Tensor]]:
+    """The tensors of every weight of a stack."""
+    return [{name: tensor[e] for name, tensor in tensors.items()} for e in range(stack)]
 
 
 def _same_base(states: Sequence[AdapterState]) -> None:
@@ -103,7 +130,7 @@ def _same_base(states: Sequence[AdapterState]) -> None:
 
 def misfit(method: Method, tensors: Mapping[str, Tensor], spec: HostSpec) -> str | None:
     """Why `tensors` cannot be those of `method` on a slot of this shape, or None. They must also be finite."""
-    reason = method.unfit(spec)
+    reason = method.unstacked(spec) or method.unfit(spec)
     if reason:
         return reason
     with torch.device("meta"):
@@ -113,7 +140,7 @@ def misfit(method: Method, tensors: Mapping[str, Tensor], spec: HostSpec) -> str
     for name in sorted(expected.keys() | given.keys()):
         if expected.get(name) != given.get(name):
             have, want = given.get(name, "missing"), expected.get(name, f"no such tensor in {method.name}")
-            found.append(f"{name} is {have}, expected {want} for this {'×'.join(map(str, spec.shape))} layer")
+            found.append(f"{name} is {have}, expected {want} for this {'×'.join(map(str, spec.whole))} layer")
         elif not torch.isfinite(tensors[name]).all():
             found.append(f"{name} holds NaN or infinite values")
     return "; ".join(found) or None
@@ -122,14 +149,14 @@ def misfit(method: Method, tensors: Mapping[str, Tensor], spec: HostSpec) -> str
 def delta(state: AdapterState, path: Site | str, weight: Tensor) -> Tensor:
     """ΔW at `path` (a Site, or the path of a module) in fp32, for the canonical dense base weight; reads no model.
 
-    weight: [out, in, *kernel]; of an embedding its transpose, [dim, vocab].
+    weight: [out, in, *kernel]; of an embedding its transpose, [dim, vocab]; of experts [E, out, in].
     """
     site = path if isinstance(path, Site) else Site(path)
     if site not in state.methods:
         raise UseError(f"the state adapts no {str(site)!r}{did_you_mean(str(site), map(str, state.methods))}")
     spec = state.specs.get(site) or HostSpec(tuple(weight.shape))
-    if tuple(weight.shape) != spec.shape:
-        raise UseError(f"{site}: the weight is {tuple(weight.shape)}, the adapter was made for {spec.shape}")
+    if tuple(weight.shape) != spec.whole:
+        raise UseError(f"{site}: the weight is {tuple(weight.shape)}, the adapter was made for {spec.whole}")
     reason = None if site in state.specs else misfit(state.methods[site], state.tensors[site], spec)
     if reason:
         raise UseError(f"{site}: {reason}")

@@ -1,22 +1,27 @@
 """Which modules an adapter goes to: names, presets and patterns → a TargetPlan that prints as a table.
 
     targets                 meaning
-    "all-linear"            every linear layer except the model's heads
+    "all-linear"            every linear layer and expert stack except the model's heads
     "attention"             the linear layers inside attention modules
-    "mlp"                   the linear layers of repeated blocks that are not in attention
+    "mlp"                   the linear layers and expert stacks of repeated blocks that are not in attention
                             (of methods on whole sublayers, these three mean the sublayers that own such layers)
     "q_proj"                modules of that name, at any depth; "self_attn.q_proj" anchors it further
     "model.layers.0.mlp.up_proj"     one module by its full path; "" is the model itself
+    "experts"               the expert stacks of that name, all their weights; "experts.down_proj" is one weight of them
     r".*layers\\.[0-3]\\..*_proj"     a regular expression over the full path
     ["q_proj", "mlp"]       several of these
 
 Planning is pure: it reads facts about modules and never touches the model. A pattern that matches nothing, or only
-modules that cannot carry the method, is an error that names what is there.
+modules that cannot carry the method, is an error that names what is there. What a preset means but has to leave out
+(experts under a method without a form for them, or of an unknown kind) is a note of the plan. Routers are weights of
+modules of their own in most models (`gate`, `router`) and no preset takes them; those that are nn.Linear are linear
+layers like others. To train routers in full: LoRA(modules_to_save=["gate"]).
 """
 
+import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +30,8 @@ from torch import nn
 from deltaw.core.base import base_modules, parameters
 from deltaw.core.errors import TargetError, did_you_mean, faults
 from deltaw.core.guards import bypassed
-from deltaw.core.host import HostSpec, WeightHost, host_of, kind_of
+from deltaw.core.host import HostSpec, WeightHost, kind_of
+from deltaw.core.layers import layer_index, parse_layers
 from deltaw.core.method import Method, Site
 from deltaw.core.plan import Target, TargetPlan
 
@@ -48,6 +54,8 @@ class ModuleFact:
     """Names and shapes of the parameters the module itself owns."""
     linear: bool
     """A linear layer, whatever the method needs of it: what presets choose among."""
+    stack: bool
+    """Experts of a kind that no view knows: a module of its own with 3-D weights."""
     head: bool
     """True for modules outside the model's body (language-model and classifier heads)."""
     refusal: str | None = None
@@ -73,20 +81,26 @@ def facts(model: nn.Module, method: Method) -> list[ModuleFact]:
             for slot in kind.slots or own:
                 if kind.has(module, slot):
                     host = kind(module, slot)
-                    slots[slot], refusal = host.spec, refusal or host.fault()
+                    slots[slot] = host.spec
+                    refusal = refusal or method.unstacked(host.spec) or host.fault()
         refusal = bypassed(model, path) or refusal
         head = module is output or (body is not None and bool(path) and path.split(".")[0] not in body)
-        result.append(ModuleFact(path, layer.__name__, lineage[path], slots, own, _linear(module), head, refusal))
+        kinds = (_linear(module), _unknown_stack(module))
+        result.append(ModuleFact(path, layer.__name__, lineage[path], slots, own, *kinds, head, refusal))
     return result
 
 
 def _linear(module: nn.Module) -> bool:
-    """Does the layer apply one matrix to vectors? Tables of rows and convolutions do not."""
-    host = host_of(module)
-    if host is None or not host.has(module, host.slot):
-        return False
-    spec: HostSpec = host.spec
-    return spec.linear and not spec.lookup and len(spec.shape) == 2
+    """Does the layer apply one matrix, or one for each expert, to vectors? Tables of rows and convolutions do not."""
+    kind = kind_of(type(module))
+    specs = [kind(module, slot).spec for slot in kind.slots if kind.has(module, slot)] if kind is not None else []
+    return any(spec.linear and not spec.lookup and len(spec.shape) == 2 for spec in specs)
+
+
+def _unknown_stack(module: nn.Module) -> bool:
+    weights = [p for p in module._parameters.values() if p is not None and p.ndim == 3 and min(p.shape) > 1]
+    own = not type(module).__module__.startswith("torch.nn.")
+    return bool(weights) and own and kind_of(type(module)) is None
 
 
 def _body(model: nn.Module) -> set[str] | None:
@@ -126,26 +140,12 @@ def _able(pattern: str, hits: Sequence[ModuleFact], by_path: dict[str, ModuleFac
     return [by_path[path] for path in dict.fromkeys(nearest) if path is not None]
 
 
-def _layer_index(path: str) -> int | None:
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
-    return int(found.group(1)) if found else None
-
-
-def parse_layers(layers: str | int | Iterable[int]) -> set[int]:
-    """ "0-3,7" or integers → the set of layer indices."""
-    if not isinstance(layers, str):
-        listed = {layers} if isinstance(layers, int) else set(layers)
-        if not listed or not all(type(layer) is int and layer >= 0 for layer in listed):
-            raise TargetError(f"layers={layers!r} holds no layer numbers: write for example '0-3,7', or leave it out")
-        return listed
-    result: set[int] = set()
-    for piece in layers.split(","):
-        found = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", piece)
-        first, last = (int(found.group(1)), int(found.group(2) or found.group(1))) if found else (1, 0)
-        if not first <= last < 10_000:
-            raise TargetError(f"layers={layers!r} is not a range of layer numbers: write for example '0-3,7'")
-        result.update(range(first, last + 1))
-    return result
+def _weights(pattern: str, fact: ModuleFact) -> dict[str, HostSpec]:
+    """Single weights of an expert stack that a dotted name means: "experts.down_proj"."""
+    if not re.fullmatch(r"[\w\-]+(\.[\w\-]+)+", pattern):
+        return {}
+    stacks = {slot: spec for slot, spec in fact.slots.items() if spec.stack is not None}
+    return {slot: stacks[slot] for slot in stacks if f".{fact.path}.{slot}".endswith(f".{pattern}")}
 
 
 def plan(
@@ -166,29 +166,42 @@ def plan(
     for pattern in _patterns(targets, found):
         hits = [fact for fact in known if _matches(pattern, fact, whole)]
         able = _able(pattern, hits, by_path)
+        able += [dataclasses.replace(fact, slots=part) for fact in known if (part := _weights(pattern, fact))]
         if not able:
             found.append(_nothing(pattern, hits, known, method))
-        chosen |= {fact.path: fact for fact in able}
+        for fact in able:
+            others = chosen[fact.path].slots if fact.path in chosen else {}
+            chosen[fact.path] = dataclasses.replace(fact, slots=fact.slots | others)
         if pattern in PRESETS:
-            for fact in able:
-                if fact.refusal:
-                    notes.append(f"left out {fact.path}: {fact.refusal}")
-                    del chosen[fact.path]
+            left = {fact.path: fact.refusal for fact in able if fact.refusal}
+            chosen = {path: fact for path, fact in chosen.items() if path not in left}
+            stacks = [
+                fact
+                for fact in known
+                if fact.stack and _matches(pattern, dataclasses.replace(fact, linear=True), whole)
+            ]
+            left |= {
+                fact.path: f"deltaw does not know how a {fact.layer} uses its stacks of weights" for fact in stacks
+            }
+            notes += _left_out(left)
     for pattern in _patterns(exclude, found):
         named = [fact for fact in (known if pattern in PRESETS else chosen.values()) if _matches(pattern, fact, True)]
-        gone = [fact.path for fact in _able(pattern, named, by_path) if fact.path in chosen]
+        gone = {path: part for path, fact in chosen.items() if (part := _weights(pattern, fact))}
+        gone |= {fact.path: fact.slots for fact in _able(pattern, named, by_path) if fact.path in chosen}
         if not gone:
             found.append(f"exclude={pattern!r} takes nothing away from the targets")
-        for path in gone:
-            del chosen[path]
+        for path, slots in gone.items():
+            rest = {slot: spec for slot, spec in chosen[path].slots.items() if slot not in slots}
+            chosen[path] = dataclasses.replace(chosen[path], slots=rest)
+        chosen = {path: fact for path, fact in chosen.items() if fact.slots}
     if layers is not None:
         wanted = parse_layers(layers)
-        missing = wanted - {_layer_index(path) for path in chosen}
+        missing = wanted - {layer_index(path) for path in chosen}
         if missing:
-            there = sorted({index for index in map(_layer_index, chosen) if index is not None})
+            there = sorted({index for index in map(layer_index, chosen) if index is not None})
             some = f"{sorted(missing)[:8]}{' and more' if len(missing) > 8 else ''}"
             found.append(f"layers {some} hold no target; targets are in layers {there}")
-        chosen = {path: fact for path, fact in chosen.items() if _layer_index(path) in wanted}
+        chosen = {path: fact for path, fact in chosen.items() if layer_index(path) in wanted}
     found += [f"{path or 'the model itself'}: {fact.refusal}" for path, fact in chosen.items() if fact.refusal]
 
     extra = method.companions({fact.path: fact.parameters for fact in known}, list(chosen))
@@ -200,7 +213,7 @@ def plan(
         for slot, spec in chosen[path].slots.items():
             reason = method.at(path, spec).unfit(spec)
             if reason:
-                unfit.setdefault((chosen[path].layer, "×".join(map(str, spec.shape)), reason), []).append(path)
+                unfit.setdefault((chosen[path].layer, "×".join(map(str, spec.whole)), reason), []).append(path)
             else:
                 planned.append(_target(Site(path, slot), chosen[path].layer, spec, method))
     for (layer, shape, reason), paths in unfit.items():
@@ -219,6 +232,16 @@ def plan(
     if found:
         raise faults(TargetError, f"targets for {type(method).__name__}", found)
     return TargetPlan(tuple(planned), parameters(model), tuple(notes))
+
+
+def _left_out(reasons: Mapping[str, str]) -> list[str]:
+    """Notes of what a preset had to leave out, one for each reason."""
+    paths: dict[str, list[str]] = {}
+    for path, reason in reasons.items():
+        paths.setdefault(reason, []).append(path)
+    return [
+        f"left out {p[0]}{f' and {len(p) - 1} more' if len(p) > 1 else ''}: {reason}" for reason, p in paths.items()
+    ]
 
 
 def _target(site: Site, layer: str, spec: HostSpec, method: Method) -> Target:

@@ -5,7 +5,8 @@
 
 Start: A ~ U(±1/√in) (kaiming-uniform with a = √5), B = 0, so that ΔW = 0 while B has a gradient. On embeddings the
 other way round, as in the reference code: A [r, vocab] = 0, B [dim, r] ~ N(0, 1). Convolutions: A [r, in, *kernel],
-B [out, r, *ones]. Trained tensors are fp32; the forward casts these small ones to the activations' dtype, never x.
+B [out, r, *ones]. Experts: A [E, r, in], B [E, out, r], a pair for each. Trained tensors are fp32; the forward casts
+these small ones to the activations' dtype, never x.
 """
 
 import dataclasses
@@ -29,13 +30,13 @@ from deltaw.methods.full import companions
 class LoRAAdapter(WeightAdapter):
     def __init__(self, spec: HostSpec, rank: int, scale: float, dropout: float = 0.0):
         super().__init__()
-        kernel = spec.shape[2:]
-        self.scale, self.dropout = scale, dropout
-        self.lora_A = nn.Parameter(torch.zeros(rank, spec.shape[1], *kernel, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(spec.shape[0], rank, *[1] * len(kernel), dtype=torch.float32))
+        kernel, stack = spec.shape[2:], () if spec.stack is None else (spec.stack,)
+        self.scale, self.dropout, self.inner = scale, dropout, len(stack) + 1
+        self.lora_A = nn.Parameter(torch.zeros(*stack, rank, spec.shape[1], *kernel, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(*stack, spec.shape[0], rank, *[1] * len(kernel), dtype=torch.float32))
 
     def factors(self) -> Factors:
-        return Factors(self.lora_A.flatten(1), self.lora_B.flatten(1), self.scale)
+        return Factors(self.lora_A.flatten(self.inner), self.lora_B.flatten(self.inner), self.scale)
 
     def merged(self, weight: Tensor) -> Tensor:
         a, b, scale = self.factors()
@@ -61,6 +62,7 @@ class LoRAAdapter(WeightAdapter):
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
     suits = "the default: all linear layers, r 16"
+    stacks = True
 
     rank: int | None = None
     """Rank r of the change. Default: 16, or the layer's smaller dimension where that is less."""
