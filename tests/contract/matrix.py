@@ -5,6 +5,7 @@ NO_VALUES = "is quantised"
 NO_STACK = "has no form for stacks of weights"
 NO_ROWS = "token rows belong to an embedding or a head"
 NO_TURN = "its inputs are ids, there is nothing to rotate"
+NO_IDS = "the ids of tokens are no neighbours"
 
 MATRIX: dict[str, dict[str, bool | str]] = {
     "boft": {
@@ -151,6 +152,54 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "experts": NO_STACK,
         "experts-transposed": NO_STACK,
     },
+    "loha": {
+        "linear": True,
+        "linear-no-bias": True,
+        "linear-one-output": True,
+        "linear-fused-qkv": True,
+        "conv1d-of-gpt2": True,
+        "embedding": True,
+        "conv1d": True,
+        "conv2d": True,
+        "conv2d-circular": True,
+        "conv2d-grouped": True,
+        "conv2d-depthwise": True,
+        "conv3d": True,
+        "bnb-nf4": True,
+        "bnb-nf4-double": True,
+        "bnb-int8": True,
+        "layernorm": NO_WEIGHT,
+        "llama-block": NO_WEIGHT,
+        "qwen-block": NO_WEIGHT,
+        "gpt2-block": NO_WEIGHT,
+        "bert-block": NO_WEIGHT,
+        "experts": NO_STACK,
+        "experts-transposed": NO_STACK,
+    },
+    "lokr": {
+        "linear": True,
+        "linear-no-bias": True,
+        "linear-one-output": True,
+        "linear-fused-qkv": True,
+        "conv1d-of-gpt2": True,
+        "embedding": True,
+        "conv1d": True,
+        "conv2d": True,
+        "conv2d-circular": True,
+        "conv2d-grouped": True,
+        "conv2d-depthwise": True,
+        "conv3d": True,
+        "bnb-nf4": True,
+        "bnb-nf4-double": True,
+        "bnb-int8": True,
+        "layernorm": NO_WEIGHT,
+        "llama-block": NO_WEIGHT,
+        "qwen-block": NO_WEIGHT,
+        "gpt2-block": NO_WEIGHT,
+        "bert-block": NO_WEIGHT,
+        "experts": NO_STACK,
+        "experts-transposed": NO_STACK,
+    },
     "lora": {
         "linear": True,
         "linear-no-bias": True,
@@ -174,6 +223,30 @@ MATRIX: dict[str, dict[str, bool | str]] = {
         "bert-block": NO_WEIGHT,
         "experts": True,
         "experts-transposed": True,
+    },
+    "mora": {
+        "linear": True,
+        "linear-no-bias": True,
+        "linear-one-output": True,
+        "linear-fused-qkv": True,
+        "conv1d-of-gpt2": True,
+        "embedding": NO_IDS,
+        "conv1d": True,
+        "conv2d": True,
+        "conv2d-circular": True,
+        "conv2d-grouped": True,
+        "conv2d-depthwise": True,
+        "conv3d": True,
+        "bnb-nf4": True,
+        "bnb-nf4-double": True,
+        "bnb-int8": True,
+        "layernorm": NO_WEIGHT,
+        "llama-block": NO_WEIGHT,
+        "qwen-block": NO_WEIGHT,
+        "gpt2-block": NO_WEIGHT,
+        "bert-block": NO_WEIGHT,
+        "experts": NO_STACK,
+        "experts-transposed": NO_STACK,
     },
     "oft": {
         "linear": True,
@@ -257,8 +330,20 @@ COUNT = {  # trainable parameters at one weight [m, n, *kernel] with rank r; `ex
     "full": lambda m, n, kernel, r, extra: m * n * kernel + extra,
     "ia3": lambda m, n, kernel, r, extra: m,
     "llama_adapter": lambda m, n, kernel, r, extra: r * n + m,  # r tokens and one gate for each of m heads
+    "loha": lambda m, n, kernel, r, extra: 2 * r * (n * kernel + m),
+    "lokr": lambda m, n, kernel, r, extra: _kronecker(small(m), small(n), m // small(m), n // small(n), kernel, r),
     "lora": lambda m, n, kernel, r, extra: r * (n * kernel + m),
+    "mora": lambda m, n, kernel, r, extra: (int(((m + n * kernel) * r) ** 0.5 + 0.5) // 2 * 2) ** 2,  # even
     "oft": lambda m, n, kernel, r, extra: (r.block if r.share else n * kernel) * (r.block - 1) // 2,
     "token_rows": lambda m, n, kernel, r, extra: r * n,  # r rows of n numbers
     "vera": lambda m, n, kernel, r, extra: m + r,
 }
+
+
+def small(size: int) -> int:
+    """The largest divisor up to the square root."""
+    return max(divisor for divisor in range(1, size + 1) if size % divisor == 0 and divisor * divisor <= size)
+
+
+def _kronecker(a: int, b: int, c: int, d: int, kernel: int, r: int) -> int:
+    return a * b + (c * d * kernel if 2 * r >= max(c, d) else r * (c + d * kernel))

@@ -13,7 +13,7 @@ from contract.hosts import HOSTS, HostCase
 from contract.matrix import COUNT, MATRIX
 from deltaw.core.attach import attach
 from deltaw.core.errors import TargetError
-from deltaw.core.host import HostSpec, host_of
+from deltaw.core.host import HostSpec, WeightHost, host_of
 from deltaw.core.method import Method, get, names
 from deltaw.core.plan import Target
 from deltaw.core.route import use
@@ -48,6 +48,10 @@ def configs(name: str, case: HostCase) -> dict[str, Method]:
             "r5": make(rank=5, alpha=2.0),
             f"r=min={smallest}": make(rank=smallest, alpha=5.0),
         }
+    elif has(name, "rank") and make.host is WeightHost:
+        spec = host_of(case.make()).spec
+        ranks = {f"r{rank}": make(rank=rank) for rank in (1, 2, 5)}
+        found |= {label: method for label, method in ranks.items() if method.unfit(spec) is None}
     if has(name, "rslora"):
         found["rs"] = make(rank=4, alpha=6.0, rslora=True)
     if has(name, "tokens"):
@@ -98,9 +102,9 @@ def test_matrix_is_complete() -> None:
     assert all(list(row) == list(HOSTS) for row in MATRIX.values())
     assert sorted(COUNT) == OURS
     assert (len(MATRIX), len(HOSTS), sum(value is True for row in MATRIX.values() for value in row.values())) == (
-        10,
+        13,
         22,
-        126,
+        170,
     )
 
 
@@ -177,7 +181,7 @@ def expected(method: Any, spec: HostSpec, bias: Tensor | None) -> int:
     if has(method.name, "block"):
         rank = method.at("", spec)
     elif rank is None:
-        rank = min(16, spec.shape[0], spec.fan_in)
+        rank = getattr(method.at("", spec), "rank", None)
     m, n = spec.shape[:2] if not (has(method.name, "tokens") and spec.lookup) else spec.shape[1::-1]
     kernel, extra = spec.fan_in // spec.shape[1], 0 if bias is None else bias.numel() // stack
     return stack * COUNT[method.name](m, n, kernel, rank, extra)
@@ -185,12 +189,11 @@ def expected(method: Any, spec: HostSpec, bias: Tensor | None) -> int:
 
 @pytest.mark.parametrize(("name", "host"), [(name, host) for name, host in PAIRS if has(name, "dropout")])
 def test_dropout_only_in_training_and_only_on_the_branch(name: str, host: str) -> None:
-    make: Any = get(name)
     case = HOSTS[host]
     net, x = case.net(), case.inputs()
-    fields = {"rank": 4, "alpha": 6.0, "dropout": 0.5}
     targets = "layer" if case.linear else "layer.down_proj"  # the weight that the output is linear in
-    suite.stir(net, make(**{k: v for k, v in fields.items() if has(name, k)}), "default", targets)
+    method: Any = main(name, case)
+    suite.stir(net, dataclasses.replace(method, dropout=0.5), "default", targets)
     with torch.no_grad(), use(net, {}):
         base = net(x)
         assert torch.equal(net(x), base)  # the base has no dropout, whatever the adapter has

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.core.host import Host, HostSpec, WeightHost
@@ -60,6 +61,9 @@ class Adapter(nn.Module):
 class WeightAdapter(Adapter):
     """An adapter whose change can be written into the weight: strength w scales ΔW = merged(W) − W."""
 
+    dropout: float = 0.0
+    """Share of the branch's inputs that `dropped` sets to zero in training, of methods that have it."""
+
     def merged(self, weight: Tensor) -> Tensor:
         """Canonical weight with the change, pure; fp32 in and fp32 out (fp64 where the base is that)."""
         raise NotImplementedError
@@ -84,8 +88,9 @@ class WeightAdapter(Adapter):
         return (strength * change.float()).to(change.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
-        """The change's own input, where it has dropout."""
-        return x
+        """Dropout on the branch's input, in training; ids have none."""
+        active = self.dropout and self.training and x.is_floating_point()
+        return F.dropout(x, self.dropout) if active else x
 
     def forward(self, host: Any, call: Call, strength: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         return host.adapted(self, call, strength, *args, **kwargs)

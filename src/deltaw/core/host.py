@@ -26,6 +26,9 @@ from torch import Tensor, nn
 
 from deltaw.core import plugins
 from deltaw.core.carried import carried, here
+from deltaw.core.probe import departs
+
+Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,15 @@ class WeightHost(Host):
         """op(x, b @ a) without forming b @ a. a: [r, in, *kernel], b: [out, r, *ones]."""
         raise NotImplementedError
 
+    def act(
+        self, x: Tensor, dense: Callable[[], Tensor], vectors: Map | None = None, columns: Map | None = None
+    ) -> Tensor:
+        """op(x, ΔW) by the cheapest form of ΔW that this kind of layer can use, of those that the method offers.
+
+        dense() is ΔW itself; vectors(x) is x ΔWᵀ for vectors [.., in]; columns(ids) is the column of ΔW for each id.
+        """
+        return self.op(x, dense())
+
     @property
     def out_dim(self) -> int:
         """The dimension of the layer's output that counts `out` (−1, or −1 − spatial for convolutions)."""
@@ -198,24 +210,9 @@ class WeightHost(Host):
 
     def fault(self) -> str | None:
         """Where a subclass brings a forward of its own, compare `op` with it on a random input instead of trusting."""
-        module, layer = self.module, type(self.module)
+        layer = type(self.module)
         own = layer.forward is not self.registered.forward
-        if hasattr(layer, "base_class") or not own or self.parameter.device.type == "meta":
-            return None
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            x = self.probe().to(self.parameter.device)
-            x = x.to(self.weight.dtype) if x.is_floating_point() else x
-            ours, bias = self.op(x, self.weight), getattr(module, "bias", None)
-            if bias is not None:
-                ours = ours + bias.view(-1, *([1] * (-1 - self.out_dim)))
-            theirs = module(x)
-        if not isinstance(theirs, Tensor) or ours.shape != theirs.shape:
-            return f"{layer.__name__} does not return x·Wᵀ + b"
-        near = 1e-2 * float(theirs.float().abs().max()) + 1e-6
-        close = torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=near)
-        return (
-            None if close else f"{layer.__name__} computes something else than x·Wᵀ + b, an adapter could not be merged"
-        )
+        return departs(self) if own and not hasattr(layer, "base_class") else None
 
 
 class ParameterHost(Host):

@@ -17,13 +17,14 @@ another device.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaw.core.host import HostSpec, WeightHost, register
+from deltaw.core.host import HostSpec, Map, WeightHost, register
 
 
 class QuantizedHost(WeightHost):
@@ -47,6 +48,11 @@ class QuantizedHost(WeightHost):
 
     def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return F.linear(F.linear(x, a), b)  # [T, in] → [T, r] → [T, out]
+
+    def act(
+        self, x: Tensor, dense: Callable[[], Tensor], vectors: Map | None = None, columns: Map | None = None
+    ) -> Tensor:
+        return self.op(x, dense()) if vectors is None else vectors(x)
 
     def scales(self, parameter: Tensor) -> Any:
         """What belongs to the codes in `parameter`; None where it is not quantised yet."""

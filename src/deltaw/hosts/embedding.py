@@ -3,11 +3,13 @@
 Subclasses that scale their rows (Gemma, BART, M2M: `embed_scale`) scale the change too: y = embed_scale · E[ids].
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.core.host import HostSpec, WeightHost, register
+from deltaw.core.host import HostSpec, Map, WeightHost, register
 
 
 @register(nn.Embedding)
@@ -32,6 +34,16 @@ class EmbeddingHost(WeightHost):
     def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         rows = F.embedding(x, a.T, padding_idx=self.module.padding_idx)  # ids → [T, r]; padding learns nothing
         return self._scaled(rows @ b.T)  # [T, dim]
+
+    def act(
+        self, x: Tensor, dense: Callable[[], Tensor], vectors: Map | None = None, columns: Map | None = None
+    ) -> Tensor:
+        if columns is None:
+            return self.op(x, dense())
+        y, padding = columns(x), self.module.padding_idx  # ids → [T, dim]
+        if padding is not None:
+            y = torch.where((x == padding).unsqueeze(-1), y.detach(), y)  # padding learns nothing
+        return self._scaled(y)
 
     def _scaled(self, y: Tensor) -> Tensor:
         scale = getattr(self.module, "embed_scale", None)

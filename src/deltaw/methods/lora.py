@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, Factors, WeightAdapter, compute_dtype
@@ -47,11 +46,6 @@ class LoRAAdapter(WeightAdapter):
 
     def weighted(self, host: Any, x: Tensor, strength: Tensor) -> Tensor:
         return self.low_rank(host, self.dropped(x), self.scale * strength)
-
-    def dropped(self, x: Tensor) -> Tensor:
-        """Dropout on the branch's input; ids have none."""
-        active = self.dropout and self.training and x.is_floating_point()
-        return F.dropout(x, self.dropout) if active else x
 
     def low_rank(self, host: Any, x: Tensor, scale: float | Tensor) -> Tensor:
         dtype = compute_dtype(host, x)
@@ -189,7 +183,7 @@ class LoRA(Method):
 
     def combine(self, parts: Sequence[Part]) -> tuple[Method, dict[str, Tensor]]:
         """Σ wᵢsᵢBᵢAᵢ = [w₁s₁B₁ …]·[A₁; …]: rank Σrᵢ, scale 1. Adding the factors themselves would make cross terms."""
-        if any(method.factors(tensors) is None for method, tensors, _ in parts):
+        if any(not isinstance(method, LoRA) or method.factors(tensors) is None for method, tensors, _ in parts):
             return super().combine(parts)
         scales = [w * method.scale for method, _, w in parts]  # type: ignore[attr-defined]
         a = torch.cat([tensors["lora_A"].float() for _, tensors, _ in parts])
