@@ -1,5 +1,6 @@
 """Every peft_type we read and write, PEFT as the oracle both ways; what is refused, sentence by sentence."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 import deltaw
 from deltaw.core.errors import ConfigError, FileError
-from deltaw.core.method import get
-from deltaw.core.state import AdapterState
+from deltaw.core.method import Site, get
+from deltaw.core.state import AdapterState, delta
 from deltaw.formats import directory
 from deltaw.formats.peft import parse_config, to_peft
 from deltaw.formats.peft_config import check, method_of
@@ -26,7 +27,6 @@ from deltaw.formats.peft_methods import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 LLAMA, GPT2 = ["q_proj", "v_proj", "down_proj"], ["c_attn", "c_fc"]
-STEPS = {"tinit": 2, "tfinal": 3, "total_step": 10}
 
 
 class Mixed(nn.Module):
@@ -48,6 +48,17 @@ class Mixed(nn.Module):
 IDS = torch.randint(0, 10, (3, 7), generator=torch.Generator().manual_seed(3))
 Case = tuple[str, Callable[[], Any]]
 THEIRS: dict[str, Case] = {
+    "loha": ("llama", lambda: peft.LoHaConfig(
+        r=4, alpha=6, target_modules=LLAMA, rank_pattern={"v_proj": 3}, alpha_pattern={"layers.0.self_attn.q_proj": 2})),
+    "loha-conv": ("mixed", lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=["one", "grouped", "two", "line"])),
+    "loha-saved": ("qwen", lambda: peft.LoHaConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    "lokr": ("llama", lambda: peft.LoKrConfig(r=2, alpha=3, target_modules=LLAMA, rank_pattern={"v_proj": 1})),
+    "lokr-both": ("llama", lambda: peft.LoKrConfig(r=1, alpha=2, decompose_both=True, target_modules=LLAMA)),
+    "lokr-factor": ("llama", lambda: peft.LoKrConfig(r=3, alpha=2, decompose_factor=8, target_modules=LLAMA)),
+    "lokr-full": ("llama", lambda: peft.LoKrConfig(r=99, alpha=30, target_modules=LLAMA)),
+    "lokr-lycoris": ("llama", lambda: peft.LoKrConfig(r=2, alpha=3, init_weights="lycoris", target_modules=LLAMA)),
+    "lokr-conv": ("mixed", lambda: peft.LoKrConfig(r=1, alpha=5, target_modules=["one", "grouped", "two", "line"])),
+    "lokr-conv-full": ("mixed", lambda: peft.LoKrConfig(r=9, alpha=5, target_modules=["two", "line"])),
     "oft": ("llama", lambda: peft.OFTConfig(oft_block_size=8, use_cayley_neumann=False, target_modules=LLAMA)),
     "oft-default": ("llama", lambda: peft.OFTConfig(target_modules=LLAMA)),
     "oft-blocks": ("llama", lambda: peft.OFTConfig(r=4, oft_block_size=0, target_modules=LLAMA)),
@@ -119,6 +130,12 @@ def test_what_peft_made(case: str, tmp_path: Path) -> None:
 
 
 OURS: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
+    "loha": ("llama", "loha", {"rank": 3, "alpha": 5.0, "dropout": 0.1}, LLAMA),
+    "loha-default": ("llama", "loha", {}, ["q_proj", "k_proj", "down_proj"]),
+    "loha-conv": ("mixed", "loha", {"rank": 2, "alpha": 3.0}, ["one", "grouped", "two", "line"]),
+    "lokr": ("llama", "lokr", {"rank": 2, "alpha": 3.0, "decompose_factor": 4}, LLAMA),
+    "lokr-default": ("llama", "lokr", {}, ["q_proj", "k_proj", "down_proj"]),
+    "lokr-conv": ("mixed", "lokr", {"rank": 1, "decompose_both": True}, ["one", "two", "line"]),
     "oft": ("qwen", "oft", {"block": 8}, LLAMA),
     "oft-default": ("llama", "oft", {}, ["q_proj", "down_proj"]),
     "oft-series": ("llama", "oft", {"block": 4, "terms": 6, "share": True}, LLAMA),
@@ -173,10 +190,15 @@ def test_what_we_made(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "name", "targets", "word"),
     [
+        ("llama", "mora", LLAMA, "DELTAW_MORA"),
         ("llama", "bottleneck", ["mlp"], "DELTAW_BOTTLENECK"),
         ("llama", "llama_adapter", ["self_attn"], "DELTAW_LLAMA_ADAPTER"),
+        ("gpt2", "loha", GPT2, "DELTAW_LOHA"),
+        ("gpt2", "lokr", GPT2, "DELTAW_LOKR"),
         ("gpt2", "oft", GPT2, "DELTAW_OFT"),
         ("gpt2", "boft", GPT2, "DELTAW_BOFT"),
+        ("mixed", "loha", ["three"], "DELTAW_LOHA"),
+        ("mixed", "lokr", ["table"], "DELTAW_LOKR"),
         ("mixed", "oft", ["two"], "DELTAW_OFT"),
         ("mixed", "boft", ["two"], "DELTAW_BOFT"),
         ("mixed", "ia3", ["one"], "DELTAW_IA3"),
@@ -220,6 +242,7 @@ def test_two_methods_in_one_adapter(tmp_path: Path) -> None:
         ([("oft", {"block": 8}, ["q_proj"]), ("oft", {"block": 4}, ["v_proj"])], "blocks of 4, 8: PEFT has one size"),
         ([("oft", {"terms": 5}, ["q_proj"]), ("oft", {}, ["v_proj"])], "modules differ in terms"),
         ([("boft", {"levels": 1}, ["q_proj"]), ("boft", {"levels": 2}, ["v_proj"])], "levels × blocks of 1×8, 2×8"),
+        ([("lokr", {"decompose_factor": 4}, ["q_proj"]), ("lokr", {}, ["v_proj"])], "differ in decompose_factor"),
         ([("vera", {"rank": 8}, ["q_proj"]), ("vera", {"rank": 9}, ["v_proj"])], "differ in rank"),
         ([("vera", {"rank": 8, "in_features": 99}, ["q_proj"])], "in_features=99: PEFT draws for the largest module, 32"),
         ([("ia3", {}, ["q_proj"]), ("full", {}, [("q_proj", "bias")])], "PEFT trains no biases beside IA3"),
@@ -273,6 +296,9 @@ def refused(folder: Path, error: type[Exception], words: str, family: str = "lla
 @pytest.mark.parametrize(
     ("family", "config", "words"),
     [
+        ("mixed", lambda: peft.LoHaConfig(use_effective_conv2d=True, target_modules=["two"]), "hada_t1.*effective_conv.*not supported"),
+        ("mixed", lambda: peft.LoKrConfig(r=1, use_effective_conv2d=True, target_modules=["two"]), "lokr_t2.*effective_conv.*support"),
+        ("mixed", lambda: peft.LoKrConfig(r=9, target_modules=["one"]), "full lokr_w2 of a Conv1d over the wrong dimensions"),
         ("mixed", lambda: peft.OFTConfig(oft_block_size=6, target_modules=["two"]), "on convolutions computes another function"),
         ("mixed", lambda: peft.OFTConfig(oft_block_size=2, target_modules=["table"]), "OFT of embeddings, which rotates .*not supported"),
         ("mixed", lambda: peft.BOFTConfig(boft_block_size=6, target_modules=["two"]), "boft_s is .1, 8., that of a convolution"),
@@ -294,6 +320,16 @@ def test_why_oft_on_a_convolution_is_refused() -> None:
         assert float((live - model.merge_and_unload()(x)).abs().max()) > 0.1
 
 
+def test_why_lokr_with_a_full_factor_on_conv1d_is_refused() -> None:
+    """LyCORIS and PEFT's own Conv2d have C ⊗ D over channels; PEFT's Conv1d reshapes another product."""
+    model: Any = peft.get_peft_model(nn.Sequential(nn.Conv1d(4, 6, 3)), peft.LoKrConfig(r=9, target_modules=["0"]))
+    randomise(model)
+    layer = model.base_model.model[0]
+    right = layer.scaling["default"] * torch.kron(layer.lokr_w1["default"].unsqueeze(-1), layer.lokr_w2["default"])
+    assert right.shape == layer.get_delta_weight("default").shape
+    assert float((right - layer.get_delta_weight("default")).detach().abs().max()) > 1e-2
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -304,6 +340,9 @@ def test_why_oft_on_a_convolution_is_refused() -> None:
         ({"peft_type": "OFT", "oft_block_size": 8, "bias": "lora_only"}, "bias='lora_only' is not none, all or oft_only"),
         ({"peft_type": "BOFT", "boft_block_size": 8, "boft_block_num": 4}, "exactly one of them must be above 0"),
         ({"peft_type": "VERA", "save_projection": False}, "save_projection=false: nothing in the file says how large"),
+        ({"peft_type": "LOKR", "decompose_factor": 0}, "decompose_factor=0 is not -1 or a whole number"),
+        ({"peft_type": "LOHA", "alpha": 0}, "alpha=0 is not a positive number"),
+        ({"peft_type": "LOHA", "lora_alpha": 4}, "lora_alpha=4 is unknown here"),
         ({"peft_type": "IA3", "brand_new": 1}, "brand_new=1 is unknown here and may change"),
         ({"peft_type": "VERRA"}, "peft_type VERRA is not supported yet; did you mean 'VERA'"),
     ],
@@ -316,6 +355,9 @@ def test_options_that_are_refused(config: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
+        ({"peft_type": "LOHA", "use_effective_conv2d": True}, "use_effective_conv2d. cannot be taken over"),
+        ({"peft_type": "LOKR", "module_dropout": 0.1}, "dropout of whole modules"),
+        ({"peft_type": "LOHA", "rank_pattern": {"q_proj": 2}}, "rank_pattern cannot be taken over from a config: loha"),
         ({"peft_type": "OFT", "r": 4, "oft_block_size": 0}, "r counts blocks per layer"),
         ({"peft_type": "OFT", "oft_block_size": 8, "module_dropout": 0.1}, "dropout of whole blocks"),
         ({"peft_type": "BOFT", "boft_block_size": 0, "boft_block_num": 4}, "boft_block_num counts blocks per layer"),
@@ -327,6 +369,17 @@ def test_what_cannot_be_trained_from_a_config(config: dict[str, Any], words: str
     method_of(config)
     with pytest.raises(ConfigError, match=words):
         parse_config({**config, "target_modules": ["q_proj"]})
+
+
+def test_a_config_of_another_method_than_the_tensors(tmp_path: Path) -> None:
+    folder = theirs(tmp_path, peft.LoKrConfig(r=2, target_modules=LLAMA))
+    config = config_of(folder)
+    (folder / CONFIG).write_text(json.dumps({**config, "peft_type": "LOHA", "decompose_factor": None}))
+    refused(folder, FileError, "q_proj.lokr_w1' is a tensor of LoKr, and the config says LoHa")
+    tensors = {key: tensor for key, tensor in load_file(folder / WEIGHTS).items() if not key.endswith("w1")}
+    save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config))
+    refused(folder, FileError, "missing lokr_w1; the config says LoKr")
 
 
 def test_another_vera_than_the_seed_draws(tmp_path: Path) -> None:
@@ -398,14 +451,32 @@ def test_a_series_from_before_it_changed_is_noted() -> None:
     assert not check({**old, "use_cayley_neumann": False})
 
 
+def test_a_shape_that_the_file_does_not_tell(tmp_path: Path) -> None:
+    """LoHa's factors flatten a kernel: the layer's shape comes with the weight, and is checked then."""
+    folder = theirs(tmp_path / "a", peft.LoHaConfig(r=3, target_modules=["two", "line"]), "mixed")
+    state, _ = directory.read(folder)
+    assert not state.specs
+    model = seeded(Mixed)()
+    weight = model.two.weight.detach()
+    factors = state.tensors[Site("two")]
+    change = delta(state, "two", weight)
+    w1, w2 = (factors[f"hada_w{i}_a"] @ factors[f"hada_w{i}_b"] for i in "12")
+    assert torch.allclose(change, (8 / 3 * w1 * w2).view(weight.shape), atol=1e-6)
+    with pytest.raises(deltaw.DeltawError, match="hada_w1_a is"):
+        delta(state, "two", weight[:5])
+    directory.write(state, tmp_path / "b")  # and back without a model
+    again = directory.read(tmp_path / "b")[0]
+    same_state(again, dataclasses.replace(state, base=again.base))
+
+
 def test_legacy_names_in_keys(tmp_path: Path) -> None:
     for number, config in enumerate(
-        (peft.OFTConfig(oft_block_size=8, target_modules=LLAMA), peft.VeraConfig(r=8, target_modules=LLAMA))
+        (peft.OFTConfig(oft_block_size=8, target_modules=LLAMA), peft.LoHaConfig(target_modules=LLAMA))
     ):
         folder = theirs(tmp_path / str(number), config)
         expected, tensors = directory.read(folder)[0], load_file(folder / WEIGHTS)
         renamed = {
-            re.sub(r"(oft_R|vera_lambda_\w)", r"\1.default", key): tensor.clone() for key, tensor in tensors.items()
+            re.sub(r"(oft_R|hada_w\d_\w)", r"\1.default", key): tensor.clone() for key, tensor in tensors.items()
         }
         assert renamed.keys() != tensors.keys()
         save_file(renamed, folder / WEIGHTS)
@@ -414,6 +485,7 @@ def test_legacy_names_in_keys(tmp_path: Path) -> None:
 
 def test_an_edited_config_is_noticed(tmp_path: Path) -> None:
     for name, fields, change, words in (
+        ("loha", {"rank": 3}, {"alpha": 30}, "scale 10 by adapter_config.json, 1 by deltaw.json"),
         ("oft", {"block": 8}, {"use_cayley_neumann": True}, "terms 5 by adapter_config.json, None by deltaw.json"),
         ("ia3", {}, {"target_modules": ["k_proj"]}, None),
     ):

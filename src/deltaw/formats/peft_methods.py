@@ -2,6 +2,8 @@
 
     peft_type  ours        keys after the module's path                                                  in
     LORA       lora, dora  lora_A.weight, lora_B.weight | lora_embedding_A, _B; lora_magnitude_vector    peft_lora
+    LOHA       loha        hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b                                    peft_lycoris
+    LOKR       lokr        lokr_w1 | lokr_w1_a, _b; lokr_w2 | lokr_w2_a, _b                              peft_lycoris
     OFT        oft         oft_R.weight                                                                  peft_rotations
     BOFT       boft        boft_R, boft_s                                                                peft_rotations
     IA3        ia3         ia3_l                                                                         peft_scales
@@ -17,12 +19,13 @@ from deltaw.core.errors import ConfigError, did_you_mean
 from deltaw.core.method import Method
 from deltaw.formats.peft_kind import Kind
 from deltaw.formats.peft_lora import LORA
+from deltaw.formats.peft_lycoris import LOHA, LOKR
 from deltaw.formats.peft_rotations import BOFT, OFT
 from deltaw.formats.peft_scales import IA3, VERA
 
 OURS = "DELTAW_"
 """A peft_type that begins with this is unknown to PEFT: the folder is in our own layout."""
-KINDS: Mapping[str, Kind] = {kind.type: kind for kind in (LORA, OFT, BOFT, IA3, VERA)}
+KINDS: Mapping[str, Kind] = {kind.type: kind for kind in (LORA, LOHA, LOKR, OFT, BOFT, IA3, VERA)}
 
 
 def kind_of(config: Mapping[str, Any]) -> Kind:
