@@ -30,7 +30,11 @@ class Factors(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """Base of all adapters. Subclasses hold Parameters and override `forward`."""
+    """Base of all adapters. Subclasses hold Parameters and override `forward`.
+
+    Parameters are trained. Persistent buffers are frozen and part of the adapter as well (first factors); buffers that
+    are not persistent are the memory of training (`Method.after_step`), which ends with it.
+    """
 
     name: str
     """The adapter's name in the model, and its resolved `method`: both set when it is attached."""
@@ -46,6 +50,11 @@ class Adapter(nn.Module):
             return fn(tensor) if like.dtype in (tensor.dtype, torch.float32, torch.float64) else tensor.to(like.device)
 
         return super()._apply(move, recurse)
+
+    def memory(self) -> dict[str, Tensor]:
+        """The buffers that are not persistent, by name."""
+        kept = self.state_dict()
+        return {name: buffer for name, buffer in self.named_buffers() if name not in kept}
 
     def start_from(self, host: Any) -> None:
         """Set initial values that depend on the base (magnitudes, copies). Called by `attach`, not by `insert`."""

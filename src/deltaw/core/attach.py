@@ -11,6 +11,7 @@ keys, flags and outputs to the bit. Attach after quantising and before sharding.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -36,13 +37,15 @@ def attach(
     name: str = "default",
     exclude: Targets = (),
     layers: str | int | Iterable[int] | None = None,
+    batches: Iterable[Any] | None = None,
 ) -> TargetPlan:
     """Attach fresh adapters of `method` to the modules that `targets` names, and make them the trainable ones.
 
     Afterwards exactly the tensors of adapter `name` require a gradient and `name` alone is live. The model's output is
     unchanged to the bit until training moves them. Attaching again under the same name adds to that adapter.
 
-    targets: preset, name, pattern or several (see `deltaw.core.targets`); exclude: the same, taken away; layers: "0-3".
+    targets: preset, name, pattern or several (see `deltaw.core.targets`); exclude: the same, taken away; layers: "0-3";
+    batches: inputs of the model (each its keyword arguments, or one argument), for methods that start from data.
     Returns the plan that was carried out. Raises TargetError, with nothing touched, when a target cannot be adapted.
     """
     model = unwrapped(_module(model))
@@ -50,6 +53,8 @@ def attach(
         raise UseError(f"{method!r} is not a method: give one with its options, for example deltaw.LoRA(rank=16)")
     plan = planning.plan(model, method, targets, exclude=exclude, layers=layers)
     guards.admit(model, name, {target.site: target.method for target in plan.targets})
+    first = method.prepare(model, {target.site: (target.method, target.spec) for target in plan.targets}, batches)
+    plan = planning.replaced(plan, {site: prepared for site, (prepared, _) in first.items()})
     built = []
     for target in plan.targets:  # all of them before the first is placed
         host = host_of(model.get_submodule(target.site.path), target.site.slot, target.method.host)
@@ -59,6 +64,8 @@ def attach(
                 f"{target.site}: {target.method.name} starts from the base's weights, which are not there (meta)"
             )
         adapter.start_from(host)
+        if target.site in first:
+            adapter.load_state_dict(dict(first[target.site][1]), strict=False)
         built.append((target.site, adapter, target.method))
     place(model, name, built)
     _train(model, name)
@@ -83,7 +90,7 @@ def extract(model: nn.Module, name: str = "default") -> AdapterState:
     there = adapters(model, name)
     methods = {site: adapter.method for site, adapter in there.items()}
     tensors = {
-        site: {n: p.detach().to("cpu", copy=True) for n, p in adapter.named_parameters()}
+        site: {n: t.detach().to("cpu", copy=True) for n, t in adapter.state_dict().items()}
         for site, adapter in there.items()
     }
     specs = {site: host_of(model.get_submodule(site.path), site.slot, m.host).spec for site, m in methods.items()}
@@ -109,6 +116,14 @@ def adapters(model: nn.Module, name: str = "default") -> dict[Site, Adapter]:
             if id(adapter) not in found or (own and not found[id(adapter)][2]):
                 found[id(adapter)] = (Site(path, host.slot), adapter, own)
     return {site: adapter for site, adapter, _ in found.values()}
+
+
+def kinds(model: nn.Module, name: str = "default") -> list[tuple[Method, list[Adapter]]]:
+    """The adapters of `name` by kind of method, each with the method whose hooks speak for all of them."""
+    found: dict[type[Method], tuple[Method, list[Adapter]]] = {}
+    for adapter in adapters(model, name).values():
+        found.setdefault(type(adapter.method), (adapter.method, []))[1].append(adapter)
+    return list(found.values())
 
 
 def plan_of(model: nn.Module, name: str) -> TargetPlan:

@@ -7,11 +7,11 @@ Its class is the registry key: `get("lora")` gives it back, fields are the optio
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaw.core import plugins
 from deltaw.core.adapter import Adapter, Factors
@@ -95,6 +95,25 @@ class Method:
         """A fresh adapter for a slot of this shape, fp32 on the CPU, whose change is zero."""
         raise NotImplementedError
 
+    def prepare(
+        self, model: nn.Module, sites: "Mapping[Site, tuple[Method, HostSpec]]", batches: Iterable[Any] | None
+    ) -> "Mapping[Site, tuple[Method, Mapping[str, Tensor]]]":
+        """For starts that depend on data: other methods for some sites, and tensors that their adapters start with.
+
+        Called by `attach` before it changes the model; `batches` are inputs of the model, None where none were given.
+        """
+        return {}
+
+    def penalty(self, adapters: Sequence[Adapter]) -> Tensor | None:
+        """A term that is added to the training loss, of all adapters of this kind under one name; None for no term."""
+        return None
+
+    def after_step(self, adapters: Sequence[Adapter], step: int, total: int) -> None:
+        """Called in training after optimizer step `step` of `total` (from 1), the gradients still there.
+
+        What it must remember are buffers of the adapters that are not persistent: checkpoints keep them, files do not.
+        """
+
     def rates(self) -> Mapping[str, float]:
         """Factors of the learning rate for some of its tensors, by name; those left out have 1."""
         return {}
@@ -102,6 +121,10 @@ class Method:
     def factors(self, tensors: Mapping[str, Tensor]) -> Factors | None:
         """Saved tensors as low-rank factors (2-D, fp32) where the change is exactly that, else None."""
         return None
+
+    def finished(self, tensors: Mapping[str, Tensor]) -> "tuple[Method, Mapping[str, Tensor]]":
+        """The same change as files hold it, without what only further training needs."""
+        return self, tensors
 
     def combine(self, parts: Sequence[Part]) -> "tuple[Method, dict[str, Tensor]]":
         """Σ weight · ΔW of several states at one site as one method and its tensors, exact to rounding."""

@@ -7,6 +7,7 @@
 extract(model, name) and insert(model, state, name) go between a model and a state.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,16 @@ class AdapterState:
         if len(found) < stack:
             return None
         return Factors(torch.stack([f.a for f in found]), torch.stack([f.b for f in found]), found[0].scale)
+
+    def finished(self) -> "AdapterState":
+        """The same change as files hold it (`Method.finished`); itself where nothing is to be done."""
+        ends = {site: method.finished(self.tensors[site]) for site, method in self.methods.items()}
+        if all(ends[site][0] is method for site, method in self.methods.items()):
+            return self
+        methods = {site: method for site, (method, _) in ends.items()}
+        return dataclasses.replace(
+            self, methods=methods, tensors={site: tensors for site, (_, tensors) in ends.items()}
+        )
 
     def __mul__(self, weight: float) -> "AdapterState":
         if isinstance(weight, bool) or not isinstance(weight, int | float):
@@ -134,7 +145,7 @@ def misfit(method: Method, tensors: Mapping[str, Tensor], spec: HostSpec) -> str
     if reason:
         return reason
     with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in method.build(spec).named_parameters()}
+        expected = {name: tuple(tensor.shape) for name, tensor in method.build(spec).state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     found = []
     for name in sorted(expected.keys() | given.keys()):

@@ -244,6 +244,12 @@ def _left_out(reasons: Mapping[str, str]) -> list[str]:
     ]
 
 
+def replaced(plan: TargetPlan, methods: Mapping[Site, Method]) -> TargetPlan:
+    """The plan with other methods, already resolved, at some of its sites."""
+    targets = [_target(t.site, t.layer, t.spec, methods[t.site]) if t.site in methods else t for t in plan.targets]
+    return dataclasses.replace(plan, targets=tuple(targets))
+
+
 def _target(site: Site, layer: str, spec: HostSpec, method: Method) -> Target:
     resolved = method.at(site.path, spec)
     with torch.device("meta"):  # shapes only: nothing is drawn or allocated

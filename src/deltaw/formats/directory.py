@@ -55,16 +55,24 @@ class Stored:
 
 
 def write(
-    state: AdapterState, path: str | Path, *, layout: Layout | None = None, beside: Mapping[str, str] | None = None
+    state: AdapterState,
+    path: str | Path,
+    *,
+    layout: Layout | None = None,
+    beside: Mapping[str, str] | None = None,
+    finished: bool = True,
 ) -> None:
     """Write `state` as the directory `path`, replacing an adapter that is there. `layout`: of the base, where known;
-    `beside`: further text files to put into it.
+    `beside`: further text files to put into it; finished=False keeps what only further training needs.
 
     Methods and layers that PEFT has no format for are written in our own layout, under a peft_type it does not know.
     """
     folder = Path(path)
     folder = folder.resolve() if folder.is_symlink() else folder
+    state = state.finished() if finished else state
     try:
+        if state.finished() is not state:
+            raise ConfigError("PEFT's files hold finished adapters")
         config, tensors = to_peft(state, layout)
         kind = "peft"
     except ConfigError:

@@ -62,6 +62,7 @@ def to_peft(state: AdapterState, layout: Layout | None = None) -> tuple[dict[str
     ConfigError where PEFT has no format: methods it does not know, two kinds in one adapter, layers it has not written
     the method for, grouped convolutions. Such adapters are stored in our own layout (`deltaw.formats.directory`).
     """
+    state = state.finished()
     adapted = {site: m for site, m in state.methods.items() if not isinstance(m, Full | TokenRows)}
     kinds = {kind.type: kind for m in adapted.values() if (kind := kind_for(m))} or {"LORA": KINDS["LORA"]}
     kind = next(iter(kinds.values()))

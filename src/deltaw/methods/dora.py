@@ -9,6 +9,7 @@ Start, forward and merge share this one formula, so that c is exactly 1 as long 
 With other adapters live, M scales W + its own sBA only: the others add to the result.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from deltaw.core.adapter import Adapter
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Part, register
+from deltaw.methods.inits import STARTS
 from deltaw.methods.lora import LoRA, LoRAAdapter
 
 
@@ -64,6 +66,14 @@ class DoRAAdapter(LoRAAdapter):
 @dataclass(frozen=True, kw_only=True)
 class DoRA(LoRA):
     suits = "small ranks, where LoRA falls short; slower steps"
+
+    def invalid(self) -> Sequence[str]:
+        found = list(super().invalid())
+        if self.init in STARTS:
+            found.append(
+                f"init={self.init!r} keeps first factors beside W, for which DoRA has no norm: use LoRA, or init=eva"
+            )
+        return found
 
     def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
         method = self.at("", spec)

@@ -7,12 +7,17 @@ Start: A ~ U(±1/√in) (kaiming-uniform with a = √5), B = 0, so that ΔW = 0 
 other way round, as in the reference code: A [r, vocab] = 0, B [dim, r] ~ N(0, 1). Convolutions: A [r, in, *kernel],
 B [out, r, *ones]. Experts: A [E, r, in], B [E, out, r], a pair for each. Trained tensors are fp32; the forward casts
 these small ones to the activations' dtype, never x.
+
+Other starts are in `methods.inits` and `methods.eva`. Those that take A₀, B₀ from W (PiSSA, OLoRA) publish W − sB₀A₀ + sBA.
+Here W stays, A₀ and B₀ are kept, frozen:  ΔW = s(BA − B₀A₀) = s·[B − B₀, B₀]·[A; A − A₀], exactly zero at the start and
+without the cancellation of two large products. Files hold these factors, a plain LoRA of rank 2r for any base and reader.
 """
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -23,7 +28,9 @@ from deltaw.core.adapter import Adapter, Factors, WeightAdapter, compute_dtype
 from deltaw.core.errors import did_you_mean
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Owned, Part, Site, register
+from deltaw.methods.eva import eva
 from deltaw.methods.full import companions
+from deltaw.methods.inits import STARTS, Start, split, within
 
 
 class LoRAAdapter(WeightAdapter):
@@ -34,8 +41,13 @@ class LoRAAdapter(WeightAdapter):
         self.lora_A = nn.Parameter(torch.zeros(*stack, rank, spec.shape[1], *kernel, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(*stack, spec.shape[0], rank, *[1] * len(kernel), dtype=torch.float32))
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The factors of the change in the layer's layout, A [r, in, *kernel] and B [out, r, *ones]."""
+        return self.lora_A, self.lora_B
+
     def factors(self) -> Factors:
-        return Factors(self.lora_A.flatten(self.inner), self.lora_B.flatten(self.inner), self.scale)
+        a, b = self.pair()
+        return Factors(a.flatten(self.inner), b.flatten(self.inner), self.scale)
 
     def merged(self, weight: Tensor) -> Tensor:
         a, b, scale = self.factors()
@@ -48,8 +60,40 @@ class LoRAAdapter(WeightAdapter):
         return self.low_rank(host, self.dropped(x), self.scale * strength)
 
     def low_rank(self, host: Any, x: Tensor, scale: float | Tensor) -> Tensor:
-        dtype = compute_dtype(host, x)
-        return host.low_rank(x, self.lora_A.to(dtype), (scale * self.lora_B).to(dtype))
+        (a, b), dtype = self.pair(), compute_dtype(host, x)
+        return host.low_rank(x, a.to(dtype), (scale * b).to(dtype))
+
+
+class SplitLoRAAdapter(LoRAAdapter):
+    """A LoRA that starts from factors of the weight itself."""
+
+    lora_A0: Tensor
+    lora_B0: Tensor
+
+    def __init__(self, spec: HostSpec, rank: int, scale: float, dropout: float, start: Start):
+        super().__init__(spec, rank, scale, dropout)
+        self.start = start
+        self.register_buffer("lora_A0", torch.zeros_like(self.lora_A))
+        self.register_buffer("lora_B0", torch.zeros_like(self.lora_B))
+
+    @torch.no_grad()
+    def start_from(self, host: Any) -> None:
+        a, b = self.start(host.weight.flatten(1).float(), len(self.lora_A), self.scale)  # [r, fan_in], [out, r]
+        for tensor, value in ((self.lora_A, a), (self.lora_B, b), (self.lora_A0, a), (self.lora_B0, b)):
+            tensor.copy_(value.view_as(tensor))
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return split(self.lora_A, self.lora_B, self.lora_A0, self.lora_B0)
+
+
+def unfit_rank(rank: int, spec: HostSpec) -> str | None:
+    """Why no factors of this rank belong on a layer of this shape, or None."""
+    small, large = sorted((spec.shape[0], spec.fan_in))
+    return (
+        None
+        if rank <= large
+        else f"rank {rank} is above both dimensions, {small} and {large}: at most {small} is of use"
+    )
 
 
 @register("lora")
@@ -66,10 +110,16 @@ class LoRA(Method):
     """Dropout on the input of the low-rank branch only, in training."""
     rslora: bool = False
     """Scale α/√r instead of α/r."""
-    init: Literal["kaiming", "gaussian", "normal"] = "kaiming"
-    """How A starts: kaiming U(±1/√in); gaussian N(0, 1/r); normal N(0, init_std). B starts at zero."""
+    init: Literal["kaiming", "gaussian", "normal", "pissa", "olora", "eva"] = "kaiming"
+    """How A starts, with B at zero: kaiming U(±1/√in); gaussian N(0, 1/r); normal N(0, init_std); eva: the main directions
+    of the layer's inputs in the training data, with the ranks shared out by them. Or A and B from the weight: pissa, its
+    largest singular values; olora, its QR decomposition."""
     init_std: float = 0.02
     """Standard deviation of init: normal."""
+    niter: int | None = None
+    """Power iterations of a randomised SVD for init: pissa, much faster on large layers (paper: 4, 16). Default: exact."""
+    rho: float = 2.0
+    """With init: eva a layer gets at most this multiple of its rank."""
     plus: float = 1.0
     """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354; there 16)."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -116,16 +166,42 @@ class LoRA(Method):
             found.append(f"plus={self.plus!r} is not a positive number")
         if not _positive(self.init_std):
             found.append(f"init_std={self.init_std!r} is not a positive number")
-        for option, known in (("init", ("kaiming", "gaussian", "normal")), ("bias", ("none", "all", "lora_only"))):
+        if self.niter is not None and not (type(self.niter) is int and self.niter >= 0):
+            found.append(f"niter={self.niter!r} is not a whole number of iterations")
+        if not _positive(self.rho) or self.rho < 1:
+            found.append(f"rho={self.rho!r} is not a number of at least 1")
+        for option, known in (
+            ("init", ("kaiming", "gaussian", "normal", "eva", *STARTS)),
+            ("bias", ("none", "all", "lora_only")),
+        ):
             if getattr(self, option) not in known:
                 found.append(f"{option}={getattr(self, option)!r} is none of {', '.join(known)}")
         return found
 
     def unfit(self, spec: HostSpec) -> str | None:
-        small, large = sorted((spec.shape[0], spec.fan_in))
-        if self.rank is None or self.rank <= large:
-            return None
-        return f"rank {self.rank} is above both dimensions, {small} and {large}: at most {small} is of use"
+        if spec.stack is not None and (self.init == "eva" or self.init in STARTS):
+            return f"init: {self.init} is for single weights, not for a stack of experts: choose another init"
+        if self.init == "eva" and (spec.lookup or len(spec.shape) > 2):
+            return "init: eva looks at a layer's input vectors, and this one reads ids or patches: choose another init"
+        small = min(spec.shape[0], spec.fan_in)
+        if self.init in STARTS and self.rank is not None and self.rank > small:
+            return f"rank {self.rank} with init: {self.init} is more than the weight has: at most {small}"
+        return None if self.rank is None else unfit_rank(self.rank, spec)
+
+    def prepare(
+        self, model: nn.Module, sites: Mapping[Site, tuple[Method, HostSpec]], batches: Iterable[Any] | None
+    ) -> Mapping[Site, tuple[Method, Mapping[str, Tensor]]]:
+        ours = {site: (method, spec) for site, (method, spec) in sites.items() if isinstance(method, LoRA)}
+        if self.init != "eva" or not ours:
+            return {}
+        ranks = {site: method.rank or 1 for site, (method, _) in ours.items()}
+        found = eva(model, ranks, batches, rho=self.rho)
+        prepared: dict[Site, tuple[Method, Mapping[str, Tensor]]] = {}
+        for site, a in found.items():
+            method, rank = ours[site][0], len(a)
+            alpha = method.scale * method._unit(rank)  # the scale stays what it was
+            prepared[site] = dataclasses.replace(method, rank=rank, alpha=alpha), {"lora_A": a}
+        return prepared
 
     def unused(self, paths: Sequence[str]) -> Sequence[str]:
         names = [path.rpartition(".")[2] for path in paths]
@@ -147,21 +223,28 @@ class LoRA(Method):
             16, spec.shape[0], spec.fan_in
         )
         alpha = next((a for p, a in self.alpha_pattern.items() if _hit(p, path)), self.alpha) or (
-            rank if self.rslora else 2 * rank
+            self._unit(rank) if self.init == "pissa" else rank if self.rslora else 2 * rank
         )
         return dataclasses.replace(
             self, rank=rank, alpha=float(alpha), rank_pattern={}, alpha_pattern={}, bias="none", modules_to_save=()
         )
 
+    def _unit(self, rank: int) -> float:
+        """The α that makes the scale 1."""
+        return math.sqrt(rank) if self.rslora else rank
+
     @property
     def scale(self) -> float:
         """s = α/r, or α/√r; of a method resolved by `at`."""
         assert self.rank is not None and self.alpha is not None, "resolve the method with at() first"
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return self.alpha / self._unit(self.rank)
 
     def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
         method = self.at("", spec)
         assert method.rank is not None
+        if method.init in STARTS:
+            start = functools.partial(STARTS[method.init], niter=method.niter)
+            return SplitLoRAAdapter(spec, method.rank, method.scale, method.dropout, start)
         return method.start(LoRAAdapter(spec, method.rank, method.scale, method.dropout), spec)
 
     def start(self, adapter: LoRAAdapter, spec: HostSpec) -> LoRAAdapter:
@@ -169,7 +252,7 @@ class LoRA(Method):
         assert self.rank is not None
         if spec.lookup:
             nn.init.normal_(adapter.lora_B)
-        elif self.init == "kaiming":
+        elif self.init in ("kaiming", "eva"):
             nn.init.uniform_(adapter.lora_A, -1 / math.sqrt(spec.fan_in), 1 / math.sqrt(spec.fan_in))
         else:
             nn.init.normal_(adapter.lora_A, std=1 / self.rank if self.init == "gaussian" else self.init_std)
@@ -178,21 +261,29 @@ class LoRA(Method):
     def rates(self) -> Mapping[str, float]:
         return {"lora_B": self.plus} if self.plus != 1.0 else {}
 
+    def finished(self, tensors: Mapping[str, Tensor]) -> tuple[Method, Mapping[str, Tensor]]:
+        if "lora_A0" not in tensors:
+            return self, tensors
+        a, b = split(*(tensors[name].float() for name in ("lora_A", "lora_B", "lora_A0", "lora_B0")))
+        a, b = within(a, b)
+        rank = a.shape[0]
+        plain = dataclasses.replace(self, rank=rank, alpha=self.scale * rank, rslora=False, init="kaiming", niter=None)
+        return plain, {"lora_A": a, "lora_B": b}
+
     def factors(self, tensors: Mapping[str, Tensor]) -> Factors | None:
-        return Factors(tensors["lora_A"].float().flatten(1), tensors["lora_B"].float().flatten(1), self.scale)
+        plain = self.finished(tensors)[1]
+        a, b = (plain[name].float().flatten(1) for name in ("lora_A", "lora_B"))
+        return Factors(a, b, self.scale)
 
     def combine(self, parts: Sequence[Part]) -> tuple[Method, dict[str, Tensor]]:
         """Σ wᵢsᵢBᵢAᵢ = [w₁s₁B₁ …]·[A₁; …]: rank Σrᵢ, scale 1. Adding the factors themselves would make cross terms."""
         if any(not isinstance(method, LoRA) or method.factors(tensors) is None for method, tensors, _ in parts):
             return super().combine(parts)
-        scales = [w * method.scale for method, _, w in parts]  # type: ignore[attr-defined]
-        a = torch.cat([tensors["lora_A"].float() for _, tensors, _ in parts])
-        b = torch.cat([s * tensors["lora_B"].float() for s, (_, tensors, _) in zip(scales, parts, strict=True)], dim=1)
-        most = min(b.shape[0], a[0].numel())
-        if a.shape[0] > most:  # more rank than the weight has: the product itself is smaller, and exact as well
-            product = b.flatten(1) @ a.flatten(1)  # [out, fan_in]
-            a, b = (product, torch.eye(most)) if most == b.shape[0] else (torch.eye(most), product)
-            a, b = a.view(most, *parts[0][1]["lora_A"].shape[1:]), b.view(-1, most, *parts[0][1]["lora_B"].shape[2:])
+        ends = [(*method.finished(tensors), w) for method, tensors, w in parts]
+        scales = [w * method.scale for method, _, w in ends]  # type: ignore[attr-defined]
+        a = torch.cat([tensors["lora_A"].float() for _, tensors, _ in ends])
+        b = torch.cat([s * tensors["lora_B"].float() for s, (_, tensors, _) in zip(scales, ends, strict=True)], dim=1)
+        a, b = within(a, b)
         return LoRA(rank=a.shape[0], alpha=float(a.shape[0])), {"lora_A": a, "lora_B": b}
 
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from deltaw.core.attach import adapters
+from deltaw.core.attach import adapters, kinds
 from deltaw.core.base import base_parameters
 from deltaw.core.errors import TrainError, faults
 from deltaw.runs.directory import RunDirectory
@@ -83,6 +83,19 @@ def check_gradients(model: nn.Module, name: str) -> list[str]:
     if len(dead) == len(there):
         raise TrainError("no gradient reaches the adapter: are the adapted modules part of the forward pass?")
     return dead
+
+
+class Steps(TrainerCallback):
+    """Tells the methods of every optimizer step (`Method.after_step`), the gradients still there."""
+
+    def __init__(self, model: nn.Module, name: str):
+        self.kinds = kinds(model, name)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        for method, there in self.kinds:
+            method.after_step(there, state.global_step + 1, state.max_steps)
 
 
 class CleanStop(TrainerCallback):

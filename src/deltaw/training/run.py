@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from deltaw.core.errors import TrainError, UseError
 from deltaw.core.files import write_text
 from deltaw.core.plan import TargetPlan
 from deltaw.data.collate import Collator
-from deltaw.data.kept import Tokens, kept
+from deltaw.data.kept import kept
 from deltaw.data.store import lengths
 from deltaw.formats import directory
 from deltaw.infer.evaluate import generate_samples, measured
@@ -34,12 +34,15 @@ from deltaw.models.adapters import load
 from deltaw.models.base import Base, load_base
 from deltaw.runs.directory import RunDirectory
 from deltaw.runs.report import html_report
-from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, peak_memory
+from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, Steps, peak_memory
 from deltaw.training.facts import described, environment, facts, reporters, unchanged
 from deltaw.training.optimizer import build, groups
 from deltaw.training.prepare import Prepared, prepare
 from deltaw.training.rows import attach_rows
 from deltaw.training.trainer import NAME, AdapterTrainer
+
+FIRST_BATCHES = 64
+"""Most batches that a method may look at before training."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bo
     steps, every = _steps(config, len(data.encoded))
     set_seed(config.train.seed)
     checkpoint = run.last_checkpoint() if resume else None
-    plan, parents = _attach(config, base, run, checkpoint, data.tokens)
+    plan, parents = _attach(config, base, run, checkpoint, data)
     known = {**facts(config, base, data, plan, steps), "parents": parents}
     packing = use_packing(config.data.packing, base.model, lengths(data.encoded), config.train.batch_size)
     score = _scorer(config, base, data, run)
@@ -145,7 +148,7 @@ def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bo
     trainer = AdapterTrainer(
         base.model, run, config.train, steps, every, data.encoded, data.held_out,
         Collator(base.tokenizer, packing=packing),
-        [Events(run), GradientCheck(run, NAME), stop, progress], score,
+        [Events(run), GradientCheck(run, NAME), Steps(base.model, NAME), stop, progress], score,
     )  # fmt: skip
     run.log("resume" if resume else "start", steps=steps, trainable=plan.trainable, environment=environment())
     try:
@@ -187,21 +190,31 @@ def _was_over(run: RunDirectory, checkpoint: Path, steps: int) -> bool:
 
 
 def _attach(
-    config: Config, base: Base, run: RunDirectory, checkpoint: Path | None, tokens: Tokens
+    config: Config, base: Base, run: RunDirectory, checkpoint: Path | None, data: Prepared
 ) -> tuple[TargetPlan, list[str]]:
-    """Fresh adapters, or those of the adapter that the run goes on from; and the digests of its parents."""
+    """Fresh adapters, those of the checkpoint, or those that the run goes on from; and the digests of its parents."""
     chosen = config.adapter
-    if chosen.start is None:
+    if chosen.start is None and checkpoint is None:
         plan = attach(
-            base.model, chosen.method, targets=chosen.targets, exclude=chosen.exclude, layers=chosen.layers, name=NAME
-        )
-        return attach_rows(base.model, tokens) or plan, []
-    report = load(
-        base.model, chosen.start if checkpoint is None else checkpoint / "adapter", name=NAME
-    )  # the parent may be gone
+            base.model, chosen.method, targets=chosen.targets, exclude=chosen.exclude, layers=chosen.layers, name=NAME,
+            batches=_inputs(base, data, config.train.batch_size),
+        )  # fmt: skip
+        return attach_rows(base.model, data.tokens) or plan, []
+    if checkpoint is not None:  # also where it had a parent, which may be gone; the trainer asks for the base
+        load(base.model, checkpoint / "adapter", name=NAME, allow_base_mismatch=True)
+        parents = run.plan().get("parents", [])
+    else:
+        parents = [load(base.model, str(chosen.start), name=NAME).digest]
     trainable(base.model, NAME)
-    parents = [report.digest] if checkpoint is None else run.plan().get("parents", [])
     return plan_of(base.model, NAME), parents
+
+
+def _inputs(base: Base, data: Prepared, size: int) -> Iterator[dict[str, Any]]:
+    """The first training rows as inputs of the model, for methods that start from data."""
+    collate, device = Collator(base.tokenizer), next(base.model.parameters()).device
+    for first in range(0, min(len(data.encoded), FIRST_BATCHES * size), size):
+        batch = collate(data.encoded[first : first + size])
+        yield {key: value.to(device) for key, value in batch.items() if key != "labels"}
 
 
 def _scorer(config: Config, base: Base, data: Prepared, run: RunDirectory) -> Callable[[], Mapping[str, float]] | None:

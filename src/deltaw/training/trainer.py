@@ -1,7 +1,8 @@
 """transformers' Trainer with our loss, our checkpoints and our evaluation: we own the adapter, not the loop.
 
 Overridden, and why:
-    compute_loss            cross-entropy on supervised positions only, normalised over the whole accumulation
+    compute_loss            cross-entropy on supervised positions only, normalised over the whole accumulation; and the
+                            terms that methods add (`Method.penalty`)
     evaluate                token-weighted held-out loss; never more than one chunk of logits in memory
     _save_checkpoint        adapter only; written whole or not at all; own names and rotation; no pickled arguments
     _load_from_checkpoint   back into the same tensors, which the optimizer holds
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, get_scheduler
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from deltaw.config.schema import TrainConfig
-from deltaw.core.attach import adapters, extract
+from deltaw.core.attach import adapters, extract, kinds
 from deltaw.core.base import identify
 from deltaw.core.errors import BaseMismatchError, TrainError
 from deltaw.core.files import whole_folder
@@ -30,6 +32,8 @@ from deltaw.runs.directory import RunDirectory
 from deltaw.training.optimizer import build, groups
 
 NAME = "default"  # of the adapter in training, inside the model
+MEMORY = "memory.safetensors"
+"""In a checkpoint, where a method remembers something from step to step (`Adapter.memory`)."""
 
 
 class _Grouped(LengthGroupedSampler):
@@ -64,6 +68,7 @@ class AdapterTrainer(Trainer):
         self.run, self.config, self.held_out, self.sft = run, config, held_out, SFTLoss(model)
         self.every, self.score = every, score
         self.last_eval: tuple[int, float] | None = None
+        self.kinds = kinds(model, NAME)
         optimizer = build(groups(model, NAME, config), config)
         scheduler = get_scheduler(
             "constant_with_warmup" if config.schedule == "constant" else config.schedule,
@@ -100,7 +105,12 @@ class AdapterTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         total, count = self.sft(inputs)
-        return total / (count if num_items_in_batch is None else num_items_in_batch)
+        loss = total / (count if num_items_in_batch is None else num_items_in_batch)
+        for method, there in self.kinds:
+            penalty = method.penalty(there)
+            if penalty is not None:  # once a step, whatever the accumulation
+                loss = loss + penalty.to(loss.device) / self.current_gradient_accumulation_steps
+        return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.config.group_by_length:
@@ -127,7 +137,7 @@ class AdapterTrainer(Trainer):
         if state.best_metric is None or loss < state.best_metric:
             state.best_metric, state.best_global_step = loss, state.global_step
             if config.best:
-                directory.write(extract(self.model, NAME), self.run.best)
+                directory.write(extract(self.model, NAME), self.run.best, finished=False)
         elif (
             config.early_stopping
             and not self.control.should_training_stop
@@ -171,7 +181,10 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
         with whole_folder(self.run.checkpoint(step)) as folder:
-            directory.write(extract(self.model, NAME), folder / "adapter")
+            directory.write(extract(self.model, NAME), folder / "adapter", finished=False)
+            memory = self._memory()
+            if memory:
+                save_file({key: buffer.contiguous().cpu() for key, buffer in memory.items()}, folder / MEMORY)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_rng_state(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
@@ -180,6 +193,19 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._put(Path(resume_from_checkpoint) / "adapter")
+        memory, file = self._memory(), Path(resume_from_checkpoint) / MEMORY
+        kept = load_file(file) if file.is_file() else {}
+        if kept.keys() != memory.keys():
+            raise TrainError(
+                f"{file} does not hold what {', '.join(m.name for m, _ in self.kinds)} had learnt: start anew"
+            )
+        for key, buffer in memory.items():
+            buffer.copy_(kept[key])
+
+    def _memory(self) -> dict[str, Tensor]:
+        """What the methods remember from step to step, by site and name."""
+        there = adapters(self.model, NAME)
+        return {f"{s.path}:{s.slot}:{name}": buffer for s, a in there.items() for name, buffer in a.memory().items()}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         raise AssertionError("the model is saved as an adapter, by _save_checkpoint")
