@@ -8,6 +8,30 @@ NO_TURN = "its inputs are ids, there is nothing to rotate"
 NO_IDS = "the ids of tokens are no neighbours"
 
 MATRIX: dict[str, dict[str, bool | str]] = {
+    "adalora": {
+        "linear": True,
+        "linear-no-bias": True,
+        "linear-one-output": True,
+        "linear-fused-qkv": True,
+        "conv1d-of-gpt2": True,
+        "embedding": True,
+        "conv1d": True,
+        "conv2d": True,
+        "conv2d-circular": True,
+        "conv2d-grouped": True,
+        "conv2d-depthwise": True,
+        "conv3d": True,
+        "bnb-nf4": True,
+        "bnb-nf4-double": True,
+        "bnb-int8": True,
+        "layernorm": NO_WEIGHT,
+        "llama-block": NO_WEIGHT,
+        "qwen-block": NO_WEIGHT,
+        "gpt2-block": NO_WEIGHT,
+        "bert-block": NO_WEIGHT,
+        "experts": NO_STACK,
+        "experts-transposed": NO_STACK,
+    },
     "boft": {
         "linear": True,
         "linear-no-bias": True,
@@ -323,6 +347,7 @@ MATRIX: dict[str, dict[str, bool | str]] = {
 }
 
 COUNT = {  # trainable parameters at one weight [m, n, *kernel] with rank r; `extra` counts the layer's bias
+    "adalora": lambda m, n, kernel, r, extra: r * (n * kernel + m) + r,
     # of methods with blocks r is the resolved method
     "boft": lambda m, n, kernel, r, extra: r.levels * n * kernel * (r.block - 1) // 2 + m,
     "bottleneck": lambda m, n, kernel, r, extra: 2 * n * r + extra,  # extra: biases, where the placement has them

@@ -1,5 +1,6 @@
 """Every registered method × every host, through one suite. A new method is tested by being registered."""
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,13 @@ from contract import suite
 from contract.hosts import HOSTS, HostCase
 from contract.matrix import COUNT, MATRIX
 from deltaw.core.attach import attach
-from deltaw.core.errors import TargetError
+from deltaw.core.errors import ConfigError, TargetError
 from deltaw.core.host import HostSpec, WeightHost, host_of
 from deltaw.core.method import Method, get, names
 from deltaw.core.plan import Target
 from deltaw.core.route import use
 from deltaw.core.targets import plan
+from deltaw.methods.inits import STARTS
 from deltaw.methods.lora import LoRA, LoRAAdapter
 
 OURS = [name for name in names() if get(name).__module__.startswith("deltaw.")]
@@ -54,6 +56,9 @@ def configs(name: str, case: HostCase) -> dict[str, Method]:
         found |= {label: method for label, method in ranks.items() if method.unfit(spec) is None}
     if has(name, "rslora"):
         found["rs"] = make(rank=4, alpha=6.0, rslora=True)
+    for init in splits(name):
+        small = min(host_of(case.make()).spec.shape[0], host_of(case.make()).spec.fan_in)
+        found[init] = make(rank=min(3, small), alpha=5.0, init=init)
     if has(name, "tokens"):
         found["rows"] = make(tokens=tokens(case))
     if has(name, "placement"):
@@ -72,6 +77,15 @@ def tokens(case: HostCase) -> tuple[int, ...]:
     host = host_of(case.make())
     size = 0 if host is None else host.spec.shape[int(host.spec.lookup)]
     return tuple(t % size for t in (7, 0, 23)) if size > 23 else (0,)
+
+
+def splits(name: str) -> list[str]:
+    """Starts that take factors from the weight, where the method has them."""
+    found = []
+    for init in STARTS if has(name, "init") else ():
+        with contextlib.suppress(ConfigError):
+            found.append(get(name)(init=init).init)  # type: ignore[call-arg, attr-defined]
+    return found
 
 
 def main(name: str, case: HostCase) -> Method:
@@ -94,6 +108,11 @@ ONE += [
     for name, host in PAIRS
     if has(name, "placement")
 ]
+ONE += [
+    pytest.param(get(name)(rank=3, alpha=5.0, init=init), HOSTS["linear"], id=f"{name}-linear-{init}")  # type: ignore[call-arg]
+    for name in OURS
+    for init in splits(name)
+]
 
 
 def test_matrix_is_complete() -> None:
@@ -102,9 +121,9 @@ def test_matrix_is_complete() -> None:
     assert all(list(row) == list(HOSTS) for row in MATRIX.values())
     assert sorted(COUNT) == OURS
     assert (len(MATRIX), len(HOSTS), sum(value is True for row in MATRIX.values() for value in row.values())) == (
-        13,
+        14,
         22,
-        170,
+        190,
     )
 
 
