@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "AdaLoRA": "deltaw.methods.adalora",
     "AdapterState": "deltaw.core.state",
     "BOFT": "deltaw.methods.boft",
     "DeltawError": "deltaw.core.errors",
@@ -37,6 +38,7 @@ _WHERE = {
     "nn": "deltaw.nn",
     "resume": "deltaw.training.run",
     "save": "deltaw.models.adapters",
+    "to_lora": "deltaw.mixing.convert",
     "train": "deltaw.training.run",
     "unmerge": "deltaw.core.merge",
     "use": "deltaw.core.route",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from deltaw.core.state import AdapterState
     from deltaw.infer.evaluate import evaluate
     from deltaw.infer.generate import generate
+    from deltaw.methods.adalora import AdaLoRA
     from deltaw.methods.boft import BOFT
     from deltaw.methods.dora import DoRA
     from deltaw.methods.full import Full
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     from deltaw.methods.oft import OFT
     from deltaw.methods.token_rows import TokenRows
     from deltaw.methods.vera import VeRA
+    from deltaw.mixing.convert import to_lora
     from deltaw.models.adapters import load, save
     from deltaw.models.base import load_base
     from deltaw.training.run import resume, train

@@ -1,5 +1,6 @@
-"""Several states into one. `exact` is the weighted sum of their changes."""
+"""Several states into one, and one into a plain LoRA. `exact` is the weighted sum of their changes."""
 
+from deltaw.mixing.convert import to_lora
 from deltaw.mixing.exact import exact
 
-__all__ = ["exact"]
+__all__ = ["exact", "to_lora"]
