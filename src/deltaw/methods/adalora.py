@@ -67,6 +67,8 @@ class AdaLoRAAdapter(LoRAAdapter):
 @register("adalora")
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA(Method):
+    suits = "a tight budget of parameters: finds the modules that need them"
+
     rank: int | None = None
     """Rank that every module starts with. Default: 1.5 × target_rank, 12, or the layer's smaller dimension if less."""
     target_rank: int | None = None
