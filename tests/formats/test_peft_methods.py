@@ -27,6 +27,7 @@ from deltaw.formats.peft_methods import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 LLAMA, GPT2 = ["q_proj", "v_proj", "down_proj"], ["c_attn", "c_fc"]
+STEPS = {"tinit": 2, "tfinal": 3, "total_step": 10}
 
 
 class Mixed(nn.Module):
@@ -76,6 +77,9 @@ THEIRS: dict[str, Case] = {
         target_modules=["two", "three", "grouped", "line"], feedforward_modules=["two", "grouped"])),
     "vera": ("llama", lambda: peft.VeraConfig(r=16, target_modules=LLAMA, projection_prng_key=7)),
     "vera-gpt2": ("gpt2", lambda: peft.VeraConfig(r=8, target_modules=GPT2, bias="vera_only", modules_to_save=["lm_head"])),
+    "adalora": ("llama", lambda: peft.AdaLoraConfig(init_r=6, target_r=4, lora_alpha=7, target_modules=LLAMA, **STEPS)),
+    "adalora-gpt2": ("gpt2", lambda: peft.AdaLoraConfig(init_r=4, target_modules=GPT2, bias="lora_only", **STEPS)),
+    "adalora-conv": ("mixed", lambda: peft.AdaLoraConfig(init_r=4, target_modules=["two", "line"], **STEPS)),
 }  # fmt: skip
 
 
@@ -146,6 +150,9 @@ OURS: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "ia3-conv": ("mixed", "ia3", {"feedforward": ("three", "grouped")}, ["two", "grouped", "three", "line"]),
     "vera": ("llama", "vera", {"rank": 12, "seed": 5}, LLAMA),
     "vera-gpt2": ("gpt2", "vera", {"rank": 12}, GPT2),
+    "adalora": ("llama", "adalora", {"rank": 4, "alpha": 6.0}, LLAMA),
+    "adalora-default": ("gpt2", "adalora", {}, GPT2),
+    "adalora-conv": ("mixed", "adalora", {"rank": 3, "tinit": 4, "tfinal": 2}, ["two", "line"]),
 }  # fmt: skip
 
 
@@ -245,6 +252,7 @@ def test_two_methods_in_one_adapter(tmp_path: Path) -> None:
         ([("lokr", {"decompose_factor": 4}, ["q_proj"]), ("lokr", {}, ["v_proj"])], "differ in decompose_factor"),
         ([("vera", {"rank": 8}, ["q_proj"]), ("vera", {"rank": 9}, ["v_proj"])], "differ in rank"),
         ([("vera", {"rank": 8, "in_features": 99}, ["q_proj"])], "in_features=99: PEFT draws for the largest module, 32"),
+        ([("adalora", {"rank": 4, "alpha": 8.0}, ["q_proj"]), ("adalora", {"rank": 4, "alpha": 5.0}, ["v_proj"])], "scales of 1.25, 2"),
         ([("ia3", {}, ["q_proj"]), ("full", {}, [("q_proj", "bias")])], "PEFT trains no biases beside IA3"),
         ([("ia3", {}, ["q_proj"]), ("token_rows", {"tokens": (1, 2)}, ["embed_tokens"])], "PEFT has no token rows beside IA3"),
     ],
@@ -340,6 +348,9 @@ def test_why_lokr_with_a_full_factor_on_conv1d_is_refused() -> None:
         ({"peft_type": "OFT", "oft_block_size": 8, "bias": "lora_only"}, "bias='lora_only' is not none, all or oft_only"),
         ({"peft_type": "BOFT", "boft_block_size": 8, "boft_block_num": 4}, "exactly one of them must be above 0"),
         ({"peft_type": "VERA", "save_projection": False}, "save_projection=false: nothing in the file says how large"),
+        ({"peft_type": "ADALORA", "use_dora": True}, "use_dora: AdaLoRA has none"),
+        ({"peft_type": "ADALORA", "layer_replication": [[0, 1]]}, "layer replication .* is not supported yet"),
+        ({"peft_type": "ADALORA", "rank_pattern": {"q": 3}}, "rank_pattern=.* is not a table"),
         ({"peft_type": "LOKR", "decompose_factor": 0}, "decompose_factor=0 is not -1 or a whole number"),
         ({"peft_type": "LOHA", "alpha": 0}, "alpha=0 is not a positive number"),
         ({"peft_type": "LOHA", "lora_alpha": 4}, "lora_alpha=4 is unknown here"),
@@ -363,6 +374,7 @@ def test_options_that_are_refused(config: dict[str, Any], words: str) -> None:
         ({"peft_type": "BOFT", "boft_block_size": 0, "boft_block_num": 4}, "boft_block_num counts blocks per layer"),
         ({"peft_type": "VERA", "d_initial": 0}, "d_initial=0 gives b and d no gradient"),
         ({"peft_type": "IA3"}, "no feedforward_modules: PEFT would take its default"),
+        ({"peft_type": "ADALORA", "rank_pattern": {"q.lora_E": [True]}}, "what earlier pruning left"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_from_a_config(config: dict[str, Any], words: str) -> None:
@@ -402,6 +414,34 @@ def test_ia3_whose_config_and_tensors_disagree(tmp_path: Path) -> None:
 
 
 # Corners
+
+
+def test_adalora_after_pruning(tmp_path: Path) -> None:
+    """Every module keeps its own triplets, one of them none at all; the scale stays that of the initial rank."""
+    config = peft.AdaLoraConfig(init_r=6, target_r=4, lora_alpha=7, target_modules=["q_proj", "v_proj"], **STEPS)
+    model: Any = peft.get_peft_model(build("llama"), config).eval()
+    randomise(model)
+    left = {
+        f"model.layers.{i}.self_attn.{n}.lora_E": [k in kept for k in range(6)]
+        for i, n, kept in ((0, "q_proj", {0, 3, 4}), (0, "v_proj", {5}), (1, "v_proj", set()))
+    }
+    for name, parameter in model.named_parameters():
+        key = name.removeprefix("base_model.model.").removesuffix(".default")
+        if key in left:
+            parameter.data[[not keep for keep in left[key]]] = 0.0
+    expected = outputs("llama", model)
+    model.peft_config["default"].rank_pattern = dict(left)
+    model.save_pretrained(str(tmp_path / "theirs"))
+    back = build("llama")
+    report = deltaw.load(back, tmp_path / "theirs")
+    near(outputs("llama", back), expected)
+    assert any("layers.1.self_attn.v_proj: pruned to rank 0" in note for note in report.notes)
+    ranks = [getattr(method, "rank", 0) for _, method in sorted(deltaw.extract(back).methods.items())]
+    assert ranks == [3, 1, 6, 1]  # q_proj and v_proj of two layers
+    deltaw.save(back, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(build("llama"), str(tmp_path / "ours")).eval()
+    near(outputs("llama", again), expected)
+    assert config_of(tmp_path / "ours")["lora_alpha"] == 7 and config_of(tmp_path / "ours")["init_r"] == 6
 
 
 def test_boft_with_several_factors_as_pefts_extension_computes_it(monkeypatch: Any, tmp_path: Path) -> None:

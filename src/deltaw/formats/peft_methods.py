@@ -2,6 +2,7 @@
 
     peft_type  ours        keys after the module's path                                                  in
     LORA       lora, dora  lora_A.weight, lora_B.weight | lora_embedding_A, _B; lora_magnitude_vector    peft_lora
+    ADALORA    adalora     lora_A, lora_E, lora_B                                                        peft_adalora
     LOHA       loha        hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b                                    peft_lycoris
     LOKR       lokr        lokr_w1 | lokr_w1_a, _b; lokr_w2 | lokr_w2_a, _b                              peft_lycoris
     OFT        oft         oft_R.weight                                                                  peft_rotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from deltaw.core.errors import ConfigError, did_you_mean
 from deltaw.core.method import Method
+from deltaw.formats.peft_adalora import ADALORA
 from deltaw.formats.peft_kind import Kind
 from deltaw.formats.peft_lora import LORA
 from deltaw.formats.peft_lycoris import LOHA, LOKR
@@ -25,7 +27,7 @@ from deltaw.formats.peft_scales import IA3, VERA
 
 OURS = "DELTAW_"
 """A peft_type that begins with this is unknown to PEFT: the folder is in our own layout."""
-KINDS: Mapping[str, Kind] = {kind.type: kind for kind in (LORA, LOHA, LOKR, OFT, BOFT, IA3, VERA)}
+KINDS: Mapping[str, Kind] = {kind.type: kind for kind in (LORA, ADALORA, LOHA, LOKR, OFT, BOFT, IA3, VERA)}
 
 
 def kind_of(config: Mapping[str, Any]) -> Kind:
