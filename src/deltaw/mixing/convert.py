@@ -2,7 +2,7 @@
 
 exact    where ΔW has factors: LoRA itself, PiSSA and OLoRA (rank 2r), AdaLoRA (without the λ that are zero), …
 svd      else ΔW = UΣVᵀ cut at `rank`: B = U√Σ, A = √ΣVᵀ, scale 1; relative error √(Σ_{i>r} σᵢ²) / ‖ΔW‖, the least possible
-kept     changes of a parameter itself (trained copies, token rows), which PEFT holds beside LoRA
+kept     changes of a parameter itself (trained copies, token rows, a scaled bias), which PEFT holds beside LoRA
 """
 
 from collections.abc import Callable, Mapping
@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.adapter import Factors
+from deltaw.core.adapter import Factors, WeightAdapter
 from deltaw.core.errors import UseError, faults
 from deltaw.core.host import HostSpec, ParameterHost, host_of
 from deltaw.core.method import Method, Site
 from deltaw.core.state import AdapterState, delta
 from deltaw.core.text import columns
+from deltaw.methods.full import Full
 from deltaw.methods.lora import LoRA
 
 Weights = nn.Module | Callable[[str], Tensor] | Mapping[str, Tensor]
@@ -60,17 +61,20 @@ def to_lora(
         raise UseError(f"rank={rank!r} is not a whole number of at least 1")
     methods: dict[Site, Method] = {}
     tensors: dict[Site, Mapping[str, Tensor]] = {}
-    done: dict[Site, Converted] = {}
+    specs, done = dict(state.specs), dict[Site, Converted]()
     found: list[str] = []
     for site in state.methods:
         try:
             methods[site], tensors[site], done[site] = _site(state, site, weights, rank)
+            for other, copy in _beside(state, site, weights).items():
+                methods[other], tensors[other], done[other] = Full(), {"copy": copy}, Converted("kept", 0, 0.0)
+                specs[other] = HostSpec(tuple(copy.shape), linear=False)
         except UseError as error:
             said = str(error)
             found.append(said if said.startswith(f"{site}:") else f"{site}: {said}")
     if found:
         raise faults(UseError, "this adapter cannot be made a LoRA", found)
-    return replace(state, methods=methods, tensors=tensors), Conversion(done)
+    return replace(state, methods=methods, tensors=tensors, specs=specs), Conversion(done)
 
 
 def _site(
@@ -101,6 +105,22 @@ def _site(
     lora = LoRA(rank=size, alpha=float(size))
     error = (lost / whole) ** 0.5 if whole else 0.0
     return lora, _shaped(root[:, None] * vt[:size], u[:, :size] * root, spec), Converted("svd", size, error)
+
+
+def _beside(state: AdapterState, site: Site, weights: Weights | None) -> dict[Site, Tensor]:
+    """Other parameters of the module that the method changes too (a scaled bias), as trained copies."""
+    method, found = state.methods[site], {}
+    adapter: Any = method.build(state.specs[site])
+    if not isinstance(adapter, WeightAdapter) or type(adapter).beside is WeightAdapter.beside:
+        return {}
+    if not isinstance(weights, nn.Module):
+        raise UseError(f"{method.name} also changes the bias of a layer that has one: give the model as weights")
+    adapter.load_state_dict(dict(state.tensors[site]))
+    adapter.name, adapter.method = method.name, method
+    with torch.no_grad():
+        for changed, host in adapter.beside(host_of(weights.get_submodule(site.path), site.slot)):
+            found[Site(site.path, host.slot)] = changed.merged(host.weight.detach().float().cpu())
+    return found
 
 
 def _without_zeros(factors: Factors) -> Factors:
