@@ -22,10 +22,12 @@ from deltaw.config.schema import Source
 from deltaw.data.collate import Collator
 from deltaw.data.dataset import encode_rows
 from deltaw.data.encode import Policy
+from deltaw.data.kept import add_tokens, use_kept
 from deltaw.data.rows import Rows, read_rows
 from deltaw.infer.evaluate import evaluate
 from deltaw.infer.loss import SFTLoss
 from deltaw.models.adapters import load
+from deltaw.models.base import Base
 from deltaw.training.sweep import sweep
 
 
@@ -39,6 +41,8 @@ class Task:
     steps: int
     batch: int = 16
     eval: Any = 0.01
+    tokens: Sequence[str] = ()
+    """New tokens, whose rows are trained on both sides."""
     adapter: Mapping[str, Any] = field(default_factory=lambda: {"rank": 16, "alpha": 32})
 
 
@@ -56,6 +60,7 @@ def table(task: Task, work: Path, seeds: int) -> None:
     }
     result: dict[str, Any] = {
         "steps": task.steps, "batch": task.batch, "held_out": len(task.held_out), "metric": task.metric,
+        "tokens": list(task.tokens),
         "rates": {side: list(tried) for side, tried in task.rates.items()}, "chosen": {"lora": best, "full": rate},
     }  # fmt: skip
     for side, scores in found.items():
@@ -69,7 +74,7 @@ def table(task: Task, work: Path, seeds: int) -> None:
 def _lora(task: Task, work: Path, rates: Sequence[float], seeds: int) -> list[Any]:
     source = {"path": task.train.path, "pattern": task.train.pattern}
     record = {
-        "model": "tiny", "data": {"train": source, "eval": task.eval}, "adapter": dict(task.adapter),
+        "model": "tiny", "data": {"train": source, "eval": task.eval, "tokens": list(task.tokens)}, "adapter": dict(task.adapter),
         "train": {
             "max_steps": task.steps, "batch_size": task.batch, "dtype": "bf16", "eval_every": task.steps, "save_every": 250,
         },
@@ -83,7 +88,7 @@ def _full(task: Task, work: Path, rate: float, seed: int) -> Path:
     target = work / "full" / f"{rate}_{seed}.pt"
     if target.exists():
         return target
-    base = load_base("tiny", dtype="fp32")
+    base = _grown(task)
     encoded, _ = encode_rows(read_rows(task.train), base.tokenizer, Policy(base.max_length))
     torch.manual_seed(seed)
     model, loss = base.model.train().requires_grad_(True), SFTLoss(base.model)
@@ -106,15 +111,27 @@ def _full(task: Task, work: Path, rate: float, seed: int) -> Path:
     return target
 
 
+def _grown(task: Task) -> Base:
+    """The base with rows for the new tokens in its own table, begun as the adapter's are."""
+    base = load_base("tiny", dtype="fp32")
+    tokens = add_tokens(base.tokenizer, task.tokens)
+    if tokens.pieces:
+        table = base.model.resize_token_embeddings(max(tokens.pieces) + 1, mean_resizing=False).weight.data
+        for token, pieces in tokens.pieces.items():
+            table[token] = table[list(pieces)].mean(0)
+    return base
+
+
 def _score(task: Task, work: Path, adapter: Path | None = None, weights: Path | None = None) -> dict[str, float]:
     """Loss and metric on the held-out rows, kept beside what was scored."""
     kept = work / "scores" / ("base.json" if not (of := adapter or weights) else f"{of.parent.name}_{of.stem}.json")
     if kept.exists():
         found: dict[str, float] = json.loads(kept.read_text())
         return found
-    base = load_base("tiny", dtype="fp32")
+    base = load_base("tiny", dtype="fp32") if weights is None else _grown(task)
     if adapter is not None:
         load(base.model, adapter)
+        use_kept(base.tokenizer, adapter)
     if weights is not None:
         base.model.load_state_dict(torch.load(weights, weights_only=True))
     scored = evaluate(
