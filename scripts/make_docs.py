@@ -115,7 +115,7 @@ def described(method: type[Method]) -> tuple[str, str]:
 def facts(method: type[Method]) -> tuple[str, str]:
     """Parameters on a 1024 × 1024 layer, and whether the change is one of the weight."""
     if not issubclass(method.host, WeightHost):
-        return "of the block", "yes" if method.name == "full" else "no"
+        return ("all of it", "yes") if method.name == "full" else ("of the sublayer", "no")
     adapter = method().build(HostSpec((1024, 1024)))
     size = sum(parameter.numel() for parameter in adapter.parameters())
     return f"{size:,}", "yes" if isinstance(adapter, WeightAdapter) else "no"

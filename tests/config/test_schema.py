@@ -102,7 +102,7 @@ def test_json_schema_lists_every_field_with_a_sentence() -> None:
         assert all(prop.get("description") for prop in properties.values())
     for alternative in described["properties"]["adapter"]["oneOf"]:
         # methods of other packages answer for themselves
-        if alternative["title"] in {"lora", "dora", "token_rows", "oft", "boft", "vera", "ia3", "loha", "lokr", "mora"}:
+        if method.get(alternative["title"]).__module__.startswith("deltaw."):
             fields = {k: v for k, v in alternative["properties"].items() if k != "method"}
             assert all(field["description"] for field in fields.values()), alternative["title"]
     assert {alternative["title"] for alternative in described["properties"]["adapter"]["oneOf"]} >= {"lora", "dora"}
@@ -142,3 +142,13 @@ def test_generated_pages_are_up_to_date() -> None:
     root = Path(__file__).resolve().parents[2]
     for name, text in runpy.run_path(str(root / "scripts" / "make_docs.py"))["pages"]().items():
         assert (root / "docs" / name).read_text(encoding="utf-8") == text, name
+
+
+def test_every_method_says_what_it_is() -> None:
+    """The first line of its file is a formula (with its source after two blanks), and it has words for when to use it."""
+    root = Path(__file__).resolve().parents[2]
+    made = runpy.run_path(str(root / "scripts" / "make_docs.py"))
+    for name in made["ours"]():
+        formula, source = made["described"](method.get(name))
+        assert formula and method.get(name).suits, name
+        assert source or name in ("full", "token_rows"), name

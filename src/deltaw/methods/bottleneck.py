@@ -1,4 +1,4 @@
-"""Bottleneck adapters: y = h + W_up σ(W_down h + b₁) + b₂, h the output of a sublayer before the residual add.
+"""Bottleneck adapters: y = h + W_up σ(W_down h + b₁) + b₂, h a sublayer's output.  Houlsby et al. 2019, arXiv 1902.00751.
 
     houlsby     after attention and after the FFN, σ = GELU        Houlsby et al. 2019, arXiv 1902.00751
     pfeiffer    after the FFN only, σ = ReLU                       Pfeiffer et al. 2020, arXiv 2005.00247
@@ -62,6 +62,7 @@ class BottleneckAdapter(Adapter):
 @dataclass(frozen=True, kw_only=True)
 class Bottleneck(Method):
     host = SublayerHost
+    suits = "adapters as before LoRA, and a bypass of a whole FFN; they stay mounted and cost time in use"
 
     rank: int | None = None
     """Width r of the bottleneck. Default: 64, or half the layer's width where that is less."""

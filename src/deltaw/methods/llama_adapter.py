@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: K learned tokens P per layer that every query attends to.  Zhang et al. 2023, arXiv 2303.16199.
+"""LLaMA-Adapter: heads + tanh(g)·attention to K learned tokens P per layer.  Zhang et al. 2023, arXiv 2303.16199.
 
     k_P, v_P = W_k P, W_v P                                    frozen W; no positions, no causal mask
     heads    = softmax(q kᵀ/√d)·v  +  tanh(g_h)·softmax(q k_Pᵀ/√d)·v_P        two softmaxes, one gate per head
@@ -50,6 +50,7 @@ class LlamaAdapterAdapter(Adapter):
 @dataclass(frozen=True, kw_only=True)
 class LlamaAdapter(Method):
     host = AttentionHost
+    suits = "very few numbers on large models; learns slowly, stays mounted"
 
     length: int = 10
     """Learned tokens K of every adapted layer."""

@@ -87,7 +87,7 @@ class LoKrAdapter(RankedAdapter):
 @register("lokr")
 @dataclass(frozen=True, kw_only=True)
 class LoKr(Scaled):
-    suits = "the smallest files; styles in image models"
+    suits = "small files; styles in image models"
 
     rank: int | None = None
     """Rank r of the large factor D [c, d]; from max(c, d)/2 on D is a full matrix. Default: 16, capped by the layer."""
