@@ -185,3 +185,21 @@ def test_the_report_is_a_table_and_faults_come_together() -> None:
         to_lora(state, {}, rank=2)
     _, report = deltaw.to_lora(state, net(), rank=4)
     assert "relative error" in str(report) and len(str(report).splitlines()) == 3
+
+
+def test_files_that_do_not_tell_the_shape_of_the_layer() -> None:
+    """PEFT's OFT knows the inputs only: the model tells the rest, and without it there is a sentence."""
+    model, x = nn.Sequential(nn.Linear(16, 24)), torch.randn(9, 16)
+    state = trained(model, get("oft")(block=4))
+    without = dataclasses.replace(state, specs={})
+    plain, report = to_lora(without, model, rank=16)
+    assert report.error < 1e-4
+    insert(model, plain, name="plain")
+    insert(model, state, name="oft")
+    outputs = []
+    for name in ("plain", "oft"):
+        with deltaw.use(model, name):
+            outputs.append(model(x))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
+    with pytest.raises(UseError, match=r"0: the files of this oft do not tell the layer's shape: give the model"):
+        to_lora(without, rank=16)

@@ -65,6 +65,9 @@ def to_lora(
     found: list[str] = []
     for site in state.methods:
         try:
+            if site not in specs and not _is_kept(state.methods[site]):
+                specs[site] = _spec(state.methods[site], site, weights)
+            state = replace(state, specs=specs)
             methods[site], tensors[site], done[site] = _site(state, site, weights, rank)
             for other, copy in _beside(state, site, weights).items():
                 methods[other], tensors[other], done[other] = Full(), {"copy": copy}, Converted("kept", 0, 0.0)
@@ -80,9 +83,10 @@ def to_lora(
 def _site(
     state: AdapterState, site: Site, weights: Weights | None, rank: int | None
 ) -> tuple[Method, Mapping[str, Tensor], Converted]:
-    method, group, spec = state.methods[site], state.tensors[site], state.specs[site]
-    if method.follows_ties or method.host is ParameterHost:
+    method, group = state.methods[site], state.tensors[site]
+    if _is_kept(method):
         return method, group, Converted("kept", 0, 0.0)
+    spec = state.specs[site]
     plain, kept = method.finished(group)
     factors = plain.factors(kept)
     if factors is not None and (rank is None or _rank(factors) <= rank):
@@ -107,9 +111,26 @@ def _site(
     return lora, _shaped(root[:, None] * vt[:size], u[:, :size] * root, spec), Converted("svd", size, error)
 
 
+def _is_kept(method: Method) -> bool:
+    return method.follows_ties or method.host is ParameterHost
+
+
+def _spec(method: Method, site: Site, weights: Weights | None) -> HostSpec:
+    """The shape of a layer that the adapter's files do not tell."""
+    if weights is None:
+        raise UseError(f"the files of this {method.name} do not tell the layer's shape: give the model as weights")
+    if isinstance(weights, nn.Module):
+        _weight(weights, site)  # says what is wrong with the place
+        found: HostSpec = host_of(weights.get_submodule(site.path), site.slot).spec
+        return found
+    return HostSpec(tuple(_weight(weights, site).shape))
+
+
 def _beside(state: AdapterState, site: Site, weights: Weights | None) -> dict[Site, Tensor]:
     """Other parameters of the module that the method changes too (a scaled bias), as trained copies."""
-    method, found = state.methods[site], {}
+    method, found = state.methods[site], dict[Site, Tensor]()
+    if _is_kept(method):
+        return found
     adapter: Any = method.build(state.specs[site])
     if not isinstance(adapter, WeightAdapter) or type(adapter).beside is WeightAdapter.beside:
         return {}
