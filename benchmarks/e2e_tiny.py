@@ -1,6 +1,6 @@
 """E2E restaurant descriptions with `tiny`: BLEU (sacrebleu, lower-cased, all references) of LoRA, all weights and the base.
 
-    python -m benchmarks e2e_tiny [--steps 600] [--seeds 3] [--work build/e2e_tiny]
+    python -m benchmarks e2e_tiny [--steps 400] [--seeds 3] [--work build/e2e_tiny]
 
 Trained on the validation file (4,672 rows), scored on all rows of 100 inputs of the test file.
 """
@@ -27,7 +27,7 @@ def held_out(file: Path) -> Rows:
 
 def main(arguments: list[str]) -> None:
     options = parser(__doc__)
-    options.add_argument("--steps", type=int, default=600)
+    options.add_argument("--steps", type=int, default=400)
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--work", type=Path, default=Path("build/e2e_tiny"))
     args = options.parse_args(arguments)
