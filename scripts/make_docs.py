@@ -140,7 +140,7 @@ def measurements_page() -> str:
         chosen, rates = found["chosen"], found["rates"]
         page += (
             f"\n## {title}\n\n`python -m benchmarks {name}`: {found['steps']} steps of {found['batch']} rows, {found['held_out']} "
-            f"held-out rows; LoRA r 16, α 32 on all linear layers beside training all weights. Rates tried on seed 0: "
+            f"held-out rows; LoRA r 16, α 32 on all linear layers beside training all weights{added(found)}. Rates tried on seed 0: "
             + ", ".join(
                 f"{side} {', '.join(f'{rate:g}' for rate in tried)} (taken {chosen[side]:g})"
                 for side, tried in rates.items()
@@ -161,6 +161,12 @@ def results(name: str) -> dict[str, Any] | None:
     """What the benchmark of this name wrote, or None."""
     file = ROOT / "benchmarks" / "results" / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def added(found: dict[str, Any]) -> str:
+    return (
+        f"; {', '.join(found['tokens'])} as new tokens, their rows trained on both sides" if found.get("tokens") else ""
+    )
 
 
 def listed(rates: list[float]) -> str:
