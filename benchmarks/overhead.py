@@ -76,7 +76,8 @@ def trainer(model: nn.Module, rows: list[Encoded], collate: Collator, config: Tr
         run.path.mkdir()
         sides = [Events(run), GradientCheck(run, NAME), clock]
         steps = len(rows) // config.batch_size
-        made = AdapterTrainer(model, run, config, steps, steps, rows, [], collate, sides)
+        optimizer = build(groups(model, NAME, config), config)
+        made = AdapterTrainer(model, run, config, steps, steps, rows, [], collate, optimizer, sides)
         made._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)  # type: ignore[method-assign]
         made.train()
         return clock.per_step(), [event["loss"] for event in run.events("step")]

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaw.core.errors import ConfigError
 from deltaw.formats.peft import matches, parse_config
-from deltaw.formats.peft_match import first_hit
+from deltaw.methods.patterns import first_hit
 
 PATHS = [
     "q", "enc.q", "vision.q", "xq", "enc.xq", "lm_head", "score", "pre_classifier", "classifier", "classifier.dense",

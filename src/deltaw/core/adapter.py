@@ -77,6 +77,9 @@ class WeightAdapter(Adapter):
         """Canonical weight with the change, pure; fp32 in and fp32 out (fp64 where the base is that)."""
         raise NotImplementedError
 
+    added: int = 0
+    """Rows that it brings to a table: its merged weight is so much larger."""
+
     def beside(self, host: Any) -> "Sequence[tuple[WeightAdapter, Host]]":
         """Further slots of the module that a merge must write with the weight, each with what changes it: a scaled bias."""
         return ()

@@ -19,11 +19,11 @@ from deltaw.core import guards, route
 from deltaw.core import targets as planning
 from deltaw.core.adapter import Adapter
 from deltaw.core.base import identify, parameters, unwrapped
-from deltaw.core.carried import carried, here, vanished
+from deltaw.core.carried import base_class_of, carried, here, vanished
 from deltaw.core.errors import FileError, UseError, did_you_mean, faults
 from deltaw.core.host import host_of
 from deltaw.core.method import Method, Site
-from deltaw.core.place import base_class_of, place, remove
+from deltaw.core.place import place, remove
 from deltaw.core.plan import Target, TargetPlan
 from deltaw.core.state import AdapterState, misfit
 from deltaw.core.targets import Targets

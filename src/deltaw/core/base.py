@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter
-from deltaw.core.carried import carried
+from deltaw.core.carried import base_class_of, carried
 from deltaw.core.host import WeightHost, host_of
 
 SAMPLED, VALUES = 24, 8
@@ -96,7 +96,7 @@ def identify(model: nn.Module) -> BaseIdentity:
     name = str(getattr(config, "_name_or_path", "") or "")
     if os.path.isdir(name):
         name = os.path.basename(os.path.abspath(name))  # a folder of this machine means nothing elsewhere
-    layer = getattr(type(model), "base_class", type(model)).__name__
+    layer = base_class_of(model).__name__
     return BaseIdentity(name or layer, layer, sample(named), quantization(model))
 
 

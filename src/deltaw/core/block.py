@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaw.core.carried import base_class_of
 from deltaw.core.host import TURNS, Host, HostSpec
 
 
@@ -27,7 +28,7 @@ class BlockHost(Host):
         return slot in cls.slots
 
     def fault(self) -> str | None:
-        layer: Any = getattr(type(self.module), "base_class", type(self.module))
+        layer: Any = base_class_of(self.module)
         if layer.forward is self.registered.forward:
             return None
         return (

@@ -128,3 +128,8 @@ def forget(root: Root, fallback: nn.Module) -> list[nn.Module]:
                 parameter.requires_grad_(name in record.required)
         free.append(module)
     return free
+
+
+def base_class_of(module: nn.Module) -> type[nn.Module]:
+    """The class a module had before it was adapted."""
+    return getattr(type(module), "base_class", type(module))

@@ -24,7 +24,7 @@ from typing import Any
 from torch import nn
 
 from deltaw.core import route
-from deltaw.core.carried import Root, carried, forget, held, here
+from deltaw.core.carried import Root, base_class_of, carried, forget, held, here
 from deltaw.core.errors import UseError, faults
 from deltaw.core.host import host_of
 from deltaw.core.method import Method, Site
@@ -127,7 +127,7 @@ def bypassed(model: nn.Module, path: str) -> str | None:
     for count in range(1, min(3, len(parts)) + 1):
         name = ".".join(parts[-count:])
         owner = model.get_submodule(".".join(parts[:-count]))
-        cls: Any = getattr(type(owner), "base_class", type(owner))
+        cls: Any = base_class_of(owner)
         method = None if issubclass(cls, nn.TransformerEncoderLayer) else _reader(cls, name)
         if method:
             return f"{cls.__name__}.{method} reads its weight itself instead of calling it, an adapter there would be ignored"

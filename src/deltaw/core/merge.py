@@ -105,7 +105,7 @@ def _faults(model: nn.Module, name: str, work: list[tuple[Adapter, Any]], keep_b
         if not isinstance(adapter, WeightAdapter):
             found.append(f"{path}: {adapter.method.name} has no ΔW, no weight can hold it")
             continue
-        if _grows(adapter, host):
+        if adapter.added:
             found.append(
                 f"{path}: it brings rows that the weight has no place for: write a grown model with `deltaw merge`"
             )
@@ -154,11 +154,6 @@ def _merged(adapter: Any, host: Any) -> Tensor:
     return whole.detach()  # type: ignore[no-any-return]
 
 
-@torch.no_grad()
-def _grows(adapter: WeightAdapter, host: Any) -> bool:
-    return adapter.merged(wide(host.weight)).shape != host.weight.shape
-
-
 def _after(adapter: Any, host: Any) -> Tensor:
     """The canonical weight as it will be stored. Without a change it stays what it is, however coarse the storage."""
     merged, now = _merged(adapter, host), current(host)
@@ -184,7 +179,7 @@ def _disturbed(name: str, host: Any, after: Tensor) -> list[str]:
         if other.slot != host.slot or adapter.name == name or not isinstance(adapter, WeightAdapter):
             continue
         base = wide(other.weight)
-        if _grows(adapter, other) or not torch.equal(base, wide(host.weight)):  # seen in another layout: cannot tell
+        if adapter.added or not torch.equal(base, wide(host.weight)):  # seen in another layout: cannot tell
             found.append(repr(adapter.name))
             continue
         delta = adapter.merged(base) - base

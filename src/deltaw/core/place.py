@@ -14,7 +14,7 @@ from torch import nn
 
 from deltaw.core import guards, route
 from deltaw.core.adapter import Adapter
-from deltaw.core.carried import Carried, carried, here, hold
+from deltaw.core.carried import Carried, base_class_of, carried, here, hold
 from deltaw.core.errors import UseError
 from deltaw.core.host import ParameterHost, host_of
 from deltaw.core.method import Method, Site
@@ -60,11 +60,6 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 def _blank(base: type[nn.Module]) -> nn.Module:
     cls = adapted_class(base)
     return cls.__new__(cls)
-
-
-def base_class_of(module: nn.Module) -> type[nn.Module]:
-    """The class a module had before it was adapted."""
-    return getattr(type(module), "base_class", type(module))
 
 
 def place(model: nn.Module, name: str, built: Sequence[tuple[Site, Adapter, Method]]) -> None:

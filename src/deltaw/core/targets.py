@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from deltaw.core.base import base_modules, parameters
+from deltaw.core.carried import base_class_of
 from deltaw.core.errors import TargetError, did_you_mean, faults
 from deltaw.core.guards import bypassed
 from deltaw.core.host import HostSpec, WeightHost, kind_of
@@ -70,13 +71,12 @@ def facts(model: nn.Module, method: Method) -> list[ModuleFact]:
     result: list[ModuleFact] = []
     lineage: dict[str, tuple[str, ...]] = {}
     for path, module in base_modules(model):
-        layer = getattr(type(module), "base_class", type(module))  # the class it had before adapters were attached
+        layer = base_class_of(module)
         above = lineage[path.rpartition(".")[0]] if path else ()
         lineage[path] = (*above, layer.__name__) if path else (layer.__name__,)
         own = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
         kind = kind_of(type(module), method.host)
-        slots: dict[str, HostSpec] = {}
-        refusal = None
+        slots, refusal = dict[str, HostSpec](), None
         if kind is not None:
             for slot in kind.slots or own:
                 if kind.has(module, slot):

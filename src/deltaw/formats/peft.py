@@ -27,10 +27,11 @@ from deltaw.core.method import Method, Site
 from deltaw.core.state import AdapterState
 from deltaw.formats.peft_config import DUMMY, check, parse_config
 from deltaw.formats.peft_kind import Kind, Ranked
-from deltaw.formats.peft_match import first_hit, matches, named, saved, shadowed
+from deltaw.formats.peft_match import matches, named, saved, shadowed
 from deltaw.formats.peft_methods import KINDS, kind_of
 from deltaw.formats.peft_write import PREFIX, to_peft
 from deltaw.methods.full import Full
+from deltaw.methods.patterns import first_hit
 from deltaw.methods.token_rows import TokenRows
 
 __all__ = ["base_copies", "from_peft", "matches", "parse_config", "to_peft"]
@@ -71,7 +72,8 @@ def from_peft(
     specs: dict[Site, HostSpec] = {}
     placed: dict[Site, Mapping[str, Tensor]] = {}
     for path, ends in parts.adapted.items():
-        piece = kind.read(config, path, ends, parts.shared)
+        lacking = kind.incomplete(config, {kind.keys[end] for end in ends})
+        piece = lacking or kind.read(config, path, ends, parts.shared)
         if isinstance(piece, str):
             parts.found.append(f"{path}: {piece}")
             continue

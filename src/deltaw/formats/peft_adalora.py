@@ -35,9 +35,6 @@ class AdaLoRAKind(Kind):
     def read(
         self, config: Mapping[str, Any], path: str, found: Mapping[str, Tensor], shared: Mapping[str, Tensor]
     ) -> Piece | str:
-        reason = self.incomplete(config, found)
-        if reason:
-            return reason
         a, e, b = found["lora_A"], found["lora_E"], found["lora_B"]
         shapes = f"lora_A is {tuple(a.shape)}, lora_E {tuple(e.shape)} and lora_B {tuple(b.shape)}"
         if not a.ndim == b.ndim == 2 or tuple(e.shape) != (a.shape[0], 1) or a.shape[0] != b.shape[1]:

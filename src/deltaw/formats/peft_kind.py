@@ -15,8 +15,8 @@ from torch import Tensor
 
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, get
-from deltaw.formats.peft_match import first_hit
 from deltaw.formats.peft_valid import ALPHAS, POSITIVE, RANKS, WHOLE, Check
+from deltaw.methods.patterns import first_hit
 
 Value = TypeVar("Value", int, float)
 OPTIONAL = ("bias", "modules_to_save", "rank_pattern", "alpha_pattern")
@@ -108,7 +108,7 @@ class Kind:
     def read(
         self, config: Mapping[str, Any], path: str, found: Mapping[str, Tensor], shared: Mapping[str, Tensor]
     ) -> Piece | str:
-        """What `found` (end of the key → tensor) makes of the module at `path`, or why it is no adapter."""
+        """What `found` (end of the key → tensor, all of a form) makes of the module at `path`, or why it is no adapter."""
         raise NotImplementedError
 
     # Writing

@@ -58,7 +58,7 @@ class LoRAKind(Ranked):
         self, config: Mapping[str, Any], path: str, found: Mapping[str, Tensor], shared: Mapping[str, Tensor]
     ) -> Piece | str:
         group = {self.keys[end]: t.flatten() if self.keys[end] == "magnitude" else t for end, t in found.items()}
-        reason = self.incomplete(config, group) or _no_pair(group["lora_A"], group["lora_B"])
+        reason = _no_pair(group["lora_A"], group["lora_B"])
         if reason:
             return reason
         a, b = group["lora_A"], group["lora_B"]

@@ -36,9 +36,6 @@ class LoHaKind(Ranked):
     def read(
         self, config: Mapping[str, Any], path: str, found: Mapping[str, Tensor], shared: Mapping[str, Tensor]
     ) -> Piece | str:
-        reason = self.incomplete(config, found)
-        if reason:
-            return reason
         ranks = {found[f"hada_w{i}_a"].shape[-1] for i in "12"} | {found[f"hada_w{i}_b"].shape[0] for i in "12"}
         if len(ranks) != 1:
             return f"its factors have ranks {', '.join(map(str, sorted(ranks)))}"
@@ -80,9 +77,6 @@ class LoKrKind(Ranked):
     def read(
         self, config: Mapping[str, Any], path: str, found: Mapping[str, Tensor], shared: Mapping[str, Tensor]
     ) -> Piece | str:
-        reason = self.incomplete(config, found)
-        if reason:
-            return reason
         if "lokr_w2" in found and found["lokr_w2"].ndim == 3:
             return WRONG_KRON
         rank, alpha, notes = self.rank_of(config, path), self.alpha_of(config, path), []

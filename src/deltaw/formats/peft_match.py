@@ -9,18 +9,16 @@
 
     suffix rule     path == entry, or path ends with "." + entry
     saved rule      the path ends with the entry, no dot needed: "classifier" saves "pre_classifier" too
-    pattern rule    the first key that, as a regex, is the end of the path after a dot, or all of it
+    pattern rule    that of `methods.patterns`
 
 A bare suffix matches everywhere; only a regex over the whole path anchors it.
 """
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from deltaw.core.errors import ConfigError
-
-Value = TypeVar("Value")
 
 
 def matches(
@@ -44,11 +42,6 @@ def saved(names: Iterable[str], path: str) -> bool:
 def shadowed(names: Iterable[str], path: str) -> bool:
     """Is the module inside one of modules_to_save, and therefore never adapted?"""
     return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in names)
-
-
-def first_hit(patterns: Mapping[str, Value], path: str) -> Value | None:
-    """The value of the first pattern that hits `path`: rank_pattern and alpha_pattern."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), None)
 
 
 def _adapted(config: Mapping[str, Any], path: str, linear: Collection[str], head: Collection[str]) -> bool:

@@ -148,9 +148,6 @@ class BOFTKind(Kind):
     def read(
         self, config: Mapping[str, Any], path: str, found: Mapping[str, Tensor], shared: Mapping[str, Tensor]
     ) -> Piece | str:
-        reason = self.incomplete(config, found)
-        if reason:
-            return reason
         full, scales = found["boft_R"], found["boft_s"]
         if full.ndim != 4 or full.shape[2] != full.shape[3] or full.shape[2] < 2:
             return f"boft_R is {tuple(full.shape)}: not square blocks [factors, blocks, b, b]"

@@ -99,9 +99,6 @@ class VeRAKind(Kind):
     def read(
         self, config: Mapping[str, Any], path: str, found: Mapping[str, Tensor], shared: Mapping[str, Tensor]
     ) -> Piece | str:
-        reason = self.incomplete(config, found)
-        if reason:
-            return reason
         if shared.keys() != {A, B}:
             return f"{' and '.join(sorted({A, B} - shared.keys()))} is not in the file"
         a, b, d = shared[A], shared[B], found["vera_lambda_d"]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Call, WeightAdapter
+from deltaw.core.carried import base_class_of
 from deltaw.core.errors import UseError
 from deltaw.core.host import HostSpec, WeightHost, register
 
@@ -74,7 +75,7 @@ class ExpertsHost(WeightHost):
             return call(*args, **kwargs)
 
     def fault(self) -> str | None:
-        module, layer = self.module, getattr(type(self.module), "base_class", type(self.module))
+        module, layer = self.module, base_class_of(self.module)
         if self.parameter.dtype not in KNOWN:
             return f"its experts are stored as {self.parameter.dtype}: load the base without quantisation"
         if module._is_expert_parallel:

@@ -29,7 +29,8 @@ from deltaw.core.adapter import Adapter, Factors
 from deltaw.core.errors import UseError
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, register
-from deltaw.methods.lora import LoRAAdapter, unfit_rank
+from deltaw.methods.lora import LoRAAdapter
+from deltaw.methods.ranked import unfit_rank
 
 
 class AdaLoRAAdapter(LoRAAdapter):

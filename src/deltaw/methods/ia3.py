@@ -14,7 +14,6 @@ With other adapters live, l scales W and b only: the others add to the result.
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -26,7 +25,8 @@ from deltaw.core.adapter import Adapter, WeightAdapter
 from deltaw.core.errors import did_you_mean
 from deltaw.core.host import Host, HostSpec
 from deltaw.core.method import Method, register
-from deltaw.methods.lora import _hit
+from deltaw.methods import patterns
+from deltaw.methods.patterns import hits
 
 
 class IA3Adapter(WeightAdapter):
@@ -87,12 +87,7 @@ class IA3(Method):
         found = [] if self.side in ("output", "input") else [f"side={self.side!r} is neither output nor input"]
         if isinstance(self.feedforward, str):
             return [*found, f"feedforward={self.feedforward!r} must be a list of names: [{self.feedforward!r}]"]
-        for pattern in self.feedforward:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                found.append(f"feedforward: {pattern!r} is not a valid regular expression: {error}")
-        return found
+        return found + [f"feedforward: {said}" for pattern in self.feedforward if (said := patterns.invalid(pattern))]
 
     def unfit(self, spec: HostSpec) -> str | None:
         return "its inputs are ids, there is nothing to scale" if spec.lookup and self.side == "input" else None
@@ -102,11 +97,11 @@ class IA3(Method):
         return [
             f"feedforward {pattern!r} matches no adapted module{did_you_mean(pattern, names)}"
             for pattern in self.feedforward
-            if not any(_hit(pattern, path) for path in paths)
+            if not any(hits(pattern, path) for path in paths)
         ]
 
     def at(self, path: str, spec: HostSpec) -> Self:
-        hit = any(_hit(pattern, path) for pattern in self.feedforward)
+        hit = any(hits(pattern, path) for pattern in self.feedforward)
         return dataclasses.replace(self, side="input" if hit else self.side, feedforward=())
 
     def build(self, spec: HostSpec, shared: Any = None) -> Adapter:

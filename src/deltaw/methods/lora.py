@@ -16,7 +16,6 @@ without the cancellation of two large products. Files hold these factors, a plai
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -28,9 +27,12 @@ from deltaw.core.adapter import Adapter, Factors, WeightAdapter, compute_dtype
 from deltaw.core.errors import did_you_mean
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Owned, Part, Site, register
+from deltaw.methods import patterns
 from deltaw.methods.eva import eva
 from deltaw.methods.full import companions
 from deltaw.methods.inits import STARTS, Start, split, within
+from deltaw.methods.patterns import first_hit, hits
+from deltaw.methods.ranked import kaiming, unfit_rank
 
 
 class LoRAAdapter(WeightAdapter):
@@ -84,16 +86,6 @@ class SplitLoRAAdapter(LoRAAdapter):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         return split(self.lora_A, self.lora_B, self.lora_A0, self.lora_B0)
-
-
-def unfit_rank(rank: int, spec: HostSpec) -> str | None:
-    """Why no factors of this rank belong on a layer of this shape, or None."""
-    small, large = sorted((spec.shape[0], spec.fan_in))
-    return (
-        None
-        if rank <= large
-        else f"rank {rank} is above both dimensions, {small} and {large}: at most {small} is of use"
-    )
 
 
 @register("lora")
@@ -153,11 +145,7 @@ class LoRA(Method):
         found += [
             f"{k}={v!r} is not a positive number" for k, v in alphas.items() if v is not None and not _positive(v)
         ]
-        for option, pattern in self._patterns():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                found.append(f"{option}: {pattern!r} is not a valid regular expression: {error}")
+        found += [f"{option}: {said}" for option, pattern in self._patterns() if (said := patterns.invalid(pattern))]
         if not isinstance(self.rslora, bool):
             found.append(f"rslora={self.rslora!r} is neither true nor false")
         if not isinstance(self.dropout, int | float) or isinstance(self.dropout, bool) or not 0.0 <= self.dropout < 1.0:
@@ -208,23 +196,20 @@ class LoRA(Method):
         return [
             f"{option} {p!r} matches no adapted module{did_you_mean(p, names)}"
             for option, p in self._patterns()
-            if not any(_hit(p, path) for path in paths)
+            if not any(hits(p, path) for path in paths)
         ]
 
     def _patterns(self) -> list[tuple[str, str]]:
         fields = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        return [(option, pattern) for option, patterns in fields.items() for pattern in patterns]
+        return [(option, pattern) for option, table in fields.items() for pattern in table]
 
     def companions(self, parameters: Owned, targets: Sequence[str]) -> Mapping[Site, Method]:
         return companions(self.bias, self.modules_to_save, parameters, targets)
 
     def at(self, path: str, spec: HostSpec) -> Self:
-        rank = next((r for p, r in self.rank_pattern.items() if _hit(p, path)), self.rank) or min(
-            16, spec.shape[0], spec.fan_in
-        )
-        alpha = next((a for p, a in self.alpha_pattern.items() if _hit(p, path)), self.alpha) or (
-            self._unit(rank) if self.init == "pissa" else rank if self.rslora else 2 * rank
-        )
+        rank = first_hit(self.rank_pattern, path) or self.rank or min(16, spec.shape[0], spec.fan_in)
+        alpha = first_hit(self.alpha_pattern, path) or self.alpha
+        alpha = alpha or (self._unit(rank) if self.init == "pissa" else rank if self.rslora else 2 * rank)
         return dataclasses.replace(
             self, rank=rank, alpha=float(alpha), rank_pattern={}, alpha_pattern={}, bias="none", modules_to_save=()
         )
@@ -253,7 +238,7 @@ class LoRA(Method):
         if spec.lookup:
             nn.init.normal_(adapter.lora_B)
         elif self.init in ("kaiming", "eva"):
-            nn.init.uniform_(adapter.lora_A, -1 / math.sqrt(spec.fan_in), 1 / math.sqrt(spec.fan_in))
+            kaiming(adapter.lora_A, spec.fan_in)
         else:
             nn.init.normal_(adapter.lora_A, std=1 / self.rank if self.init == "gaussian" else self.init_std)
         return adapter
@@ -285,11 +270,6 @@ class LoRA(Method):
         b = torch.cat([s * tensors["lora_B"].float() for s, (_, tensors, _) in zip(scales, ends, strict=True)], dim=1)
         a, b = within(a, b)
         return LoRA(rank=a.shape[0], alpha=float(a.shape[0])), {"lora_A": a, "lora_B": b}
-
-
-def _hit(pattern: str, path: str) -> bool:
-    """PEFT's rule: the pattern, as a regular expression, is the end of the path after a dot or the whole of it."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def _positive(value: Any) -> bool:

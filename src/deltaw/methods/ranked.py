@@ -85,10 +85,7 @@ class Ranked(Method):
         return found
 
     def unfit(self, spec: HostSpec) -> str | None:
-        small, large = sorted((spec.shape[0], spec.fan_in))
-        if self.rank is None or self.rank <= large:
-            return None
-        return f"rank {self.rank} is above both dimensions, {small} and {large}: at most {small} is of use"
+        return None if self.rank is None else unfit_rank(self.rank, spec)
 
     def companions(self, parameters: Owned, targets: Sequence[str]) -> Mapping[Site, Method]:
         return companions("none", self.modules_to_save, parameters, targets)
@@ -118,6 +115,14 @@ class Scaled(Ranked):
         """s = α/r, of a method resolved by `at`."""
         assert self.rank is not None and self.alpha is not None, "resolve the method with at() first"
         return self.alpha / self.rank
+
+
+def unfit_rank(rank: int, spec: HostSpec) -> str | None:
+    """Why no factors of this rank belong on a layer of this shape, or None."""
+    small, large = sorted((spec.shape[0], spec.fan_in))
+    if rank <= large:
+        return None
+    return f"rank {rank} is above both dimensions, {small} and {large}: at most {small} is of use"
 
 
 def trained(*shape: int) -> nn.Parameter:

@@ -24,12 +24,13 @@ class TokenRowsAdapter(WeightAdapter):
         super().__init__()
         self.tokens, self.size = tokens, size
         self.new = tuple(token for token in tokens if token >= size)
+        self.added = len(self.new)
         self.rows = nn.Parameter(torch.zeros(len(tokens), dim, dtype=torch.float32))
 
     def start_from(self, host: Any) -> None:
         """The base's own rows; new ones begin as the mean of all."""
         with torch.no_grad():
-            table = _table(host.weight, host.spec)
+            table = table_of(host)
             self.rows.copy_(self.own(table))
             fresh = [place for place, token in enumerate(self.tokens) if token in self.new]
             self.rows[fresh] = table.float().mean(0)
@@ -49,7 +50,7 @@ class TokenRowsAdapter(WeightAdapter):
     def forward(self, host: Any, call: Call, strength: Tensor | None, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Of a table the rows stand in the output itself: y + (rows − base) would lose them to rounding in bf16."""
         tokens = torch.tensor(self.tokens, device=input.device)
-        base = self.own(_table(host.weight, host.spec))  # [n, dim]
+        base = self.own(table_of(host))  # [n, dim]
         rows = self.rows.float() if strength is None else base + strength * (self.rows.float() - base)
         if not host.spec.lookup:  # a head: the rows give the scores of their tokens
             y = call(input, *args, **kwargs)
@@ -102,6 +103,7 @@ def _size(spec: HostSpec) -> int:
     return spec.shape[1] if spec.lookup else spec.shape[0]
 
 
-def _table(weight: Tensor, spec: HostSpec) -> Tensor:
-    """A canonical weight as the table [vocabulary, dim]."""
-    return weight.T if spec.lookup else weight
+def table_of(host: Any) -> Tensor:
+    """The weight of an embedding or head as the table [vocabulary, dim]."""
+    weight: Tensor = host.weight
+    return weight.T if host.spec.lookup else weight

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, Factors, WeightAdapter, compute_dtype
@@ -99,8 +98,7 @@ class VeRAAdapter(WeightAdapter):
         dtype = compute_dtype(host, x)
         a, b, _ = self.factors()
         b = b if strength is None else strength * b
-        if self.dropout and self.training and x.is_floating_point():
-            x = F.dropout(x, self.dropout)
+        x = self.dropped(x)
         kernel = self.shape[2:]
         a, b = a.view(-1, *self.shape[1:]), b.view(*b.shape, *[1] * len(kernel))
         return host.low_rank(x, a.to(dtype), b.to(dtype))

@@ -63,11 +63,11 @@ def to_lora(
     tensors: dict[Site, Mapping[str, Tensor]] = {}
     specs, done = dict(state.specs), dict[Site, Converted]()
     found: list[str] = []
+    state = replace(state, specs=specs)  # which grows below: files may leave shapes out, and biases come to it
     for site in state.methods:
         try:
             if site not in specs and not _is_kept(state.methods[site]):
                 specs[site] = _spec(state.methods[site], site, weights)
-            state = replace(state, specs=specs)
             methods[site], tensors[site], done[site] = _site(state, site, weights, rank)
             for other, copy in _beside(state, site, weights).items():
                 methods[other], tensors[other], done[other] = Full(), {"copy": copy}, Converted("kept", 0, 0.0)

@@ -7,7 +7,7 @@ from deltaw.core.attach import adapters, attach, plan_of
 from deltaw.core.host import host_of
 from deltaw.core.plan import TargetPlan
 from deltaw.data.kept import Tokens
-from deltaw.methods.token_rows import TokenRows, TokenRowsAdapter
+from deltaw.methods.token_rows import TokenRows, TokenRowsAdapter, table_of
 from deltaw.training.trainer import NAME
 
 
@@ -25,8 +25,7 @@ def attach_rows(model: nn.Module, tokens: Tokens) -> TargetPlan | None:
     attach(model, TokenRows(tokens=tuple(tokens.ids.values())), targets=targets, name=NAME)
     for site, adapter in adapters(model, NAME).items():
         if isinstance(adapter, TokenRowsAdapter):
-            host = host_of(model.get_submodule(site.path))
-            table = host.weight.T if host.spec.lookup else host.weight
+            table = table_of(host_of(model.get_submodule(site.path)))
             for place, token in enumerate(adapter.tokens):
                 if token in tokens.pieces:
                     with torch.no_grad():

@@ -138,8 +138,8 @@ def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bo
     score = _scorer(config, base, data, run)
     if resume:
         unchanged(run.plan(), known)
-    else:  # not before: what cannot be attached leaves no run behind
-        build(groups(base.model, NAME, config.train), config.train)
+    optimizer = build(groups(base.model, NAME, config.train), config.train)
+    if not resume:  # not before: what cannot be attached or optimised leaves no run behind
         run.create(config.to_dict(), deltaw.__version__)
     run.write_plan(known)
     progress, stop = ProgressBar(quiet), CleanStop()
@@ -147,7 +147,7 @@ def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bo
     base.model.train()
     trainer = AdapterTrainer(
         base.model, run, config.train, steps, every, data.encoded, data.held_out,
-        Collator(base.tokenizer, packing=packing),
+        Collator(base.tokenizer, packing=packing), optimizer,
         [Events(run), GradientCheck(run, NAME), Steps(base.model, NAME), stop, progress], score,
     )  # fmt: skip
     run.log("resume" if resume else "start", steps=steps, trainable=plan.trainable, environment=environment())

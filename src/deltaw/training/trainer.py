@@ -29,7 +29,6 @@ from deltaw.data.store import lengths
 from deltaw.formats import directory
 from deltaw.infer.loss import SFTLoss, mean_loss
 from deltaw.runs.directory import RunDirectory
-from deltaw.training.optimizer import build, groups
 
 NAME = "default"  # of the adapter in training, inside the model
 MEMORY = "memory.safetensors"
@@ -62,6 +61,7 @@ class AdapterTrainer(Trainer):
         rows: list[Any],
         held_out: list[Any],
         collate: Callable[[list[Any]], dict[str, Tensor]],
+        optimizer: torch.optim.Optimizer,
         callbacks: Iterable[Any],
         score: Callable[[], Mapping[str, float]] | None = None,
     ):
@@ -69,7 +69,6 @@ class AdapterTrainer(Trainer):
         self.every, self.score = every, score
         self.last_eval: tuple[int, float] | None = None
         self.kinds = kinds(model, NAME)
-        optimizer = build(groups(model, NAME, config), config)
         scheduler = get_scheduler(
             "constant_with_warmup" if config.schedule == "constant" else config.schedule,
             optimizer,
