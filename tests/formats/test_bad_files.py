@@ -150,7 +150,6 @@ def test_another_base_of_the_same_shape(folder: Path) -> None:
         ({"lora_bias": True}, "lora_bias"),
         ({"use_qalora": True}, "use_qalora"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-        ({"target_parameters": ["experts"]}, "target_parameters"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"init_lora_weights": "pissa"}, "'pissa'"),
         ({"init_lora_weights": "olora"}, "'olora'"),

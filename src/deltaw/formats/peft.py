@@ -1,6 +1,7 @@
 """PEFT's two files ↔ AdapterState, by renaming. Format facts: PEFT 0.21, `adapter_config.json` + `adapter_model.safetensors`.
 
     base_model.model.<path>.<end>                      what the method trains  (`peft_methods` has the ends)
+    base_model.model.<path>.base_layer.<end>           of a stack of experts   (`peft_experts`)
     base_model.model.<path>.base_layer.bias, <p>.bias  trained biases          Full at slot bias
     base_model.model.<path>.<parameter>                modules_to_save         Full at that slot
     base_model.model.<path>.token_adapter.trainable_tokens_delta  [n, dim]     TokenRows (absolute rows)
@@ -26,6 +27,7 @@ from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Site
 from deltaw.core.state import AdapterState
 from deltaw.formats.peft_config import DUMMY, check, parse_config
+from deltaw.formats.peft_experts import NESTED, full_name, sites
 from deltaw.formats.peft_kind import Kind, Ranked
 from deltaw.formats.peft_match import matches, named, saved, shadowed
 from deltaw.formats.peft_methods import KINDS, kind_of
@@ -48,7 +50,7 @@ class _Sorted:
     """The tensors of a file by what they are."""
 
     adapted: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Path → end of the key → tensor."""
+    """Path in the keys → end of the key → tensor."""
     shared: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[Site, Tensor] = field(default_factory=dict)
@@ -71,16 +73,21 @@ def from_peft(
     methods: dict[Site, Method] = {}
     specs: dict[Site, HostSpec] = {}
     placed: dict[Site, Mapping[str, Tensor]] = {}
-    for path, ends in parts.adapted.items():
+    where, unclear = sites(config, parts.adapted) if kind.stacks else ({path: Site(path) for path in parts.adapted}, [])
+    parts.found += unclear
+    for path, site in where.items():
+        ends, stack = parts.adapted[path], site.slot != "weight"
         lacking = kind.incomplete(config, {kind.keys[end] for end in ends})
-        piece = lacking or kind.read(config, path, ends, parts.shared)
+        piece = lacking or (
+            kind.read_stack(config, full_name(site), ends) if stack else kind.read(config, path, ends, parts.shared)
+        )
         if isinstance(piece, str):
-            parts.found.append(f"{path}: {piece}")
+            parts.found.append(f"{site}: {piece}")
             continue
         notes += piece.notes
-        methods[Site(path)], placed[Site(path)] = piece.method, piece.tensors
+        methods[site], placed[site] = piece.method, piece.tensors
         if piece.spec is not None:
-            specs[Site(path)] = piece.spec
+            specs[site] = piece.spec
     for path, rows in parts.rows.items():
         tokens = _tokens(config, path)
         if tokens is None or len(tokens) != len(rows):
@@ -155,8 +162,8 @@ def _adapted(parts: _Sorted, kind: Kind, end: str, hit: re.Match[str], tensor: T
     path, name = hit["path"], hit["name"]
     if end in kind.unread:
         parts.found.append(f"key {key!r}: {kind.unread[end]} is not supported yet")
-    elif path.endswith(".base_layer"):
-        parts.found.append(f"key {key!r}: adapters inside each other (target_parameters) are not supported yet")
+    elif path.endswith(NESTED) and not kind.stacks:
+        parts.found.append(f"key {key!r}: PEFT has no {kind.label} inside another (target_parameters)")
     elif end in parts.adapted.setdefault(path, {}):
         parts.found.append(f"key {key!r}: {path}.{end} is in the file twice")
     else:
@@ -190,7 +197,9 @@ def _tokens(config: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
 
 def _dead(config: Mapping[str, Any], methods: Mapping[Site, Method], kind: Kind) -> list[str]:
     """What the config names and the file lacks, and the other way round."""
-    adapted = [site.path for site, method in methods.items() if kind.holds(method)]
+    held = [site for site, method in methods.items() if kind.holds(method)]
+    adapted = [site.path for site in held if site.slot == "weight"]
+    stacks = [full_name(site) for site in held if site.slot != "weight"]
     whole = {site.path for site, method in methods.items() if isinstance(method, Full)}
     above = {".".join(path.split(".")[: i + 1]) for path in whole for i in range(path.count(".") + 1)}
     targets, asked, notes = config.get("target_modules"), config.get("modules_to_save") or (), []
@@ -205,10 +214,15 @@ def _dead(config: Mapping[str, Any], methods: Mapping[Site, Method], kind: Kind)
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         notes.append(f"the file adapts {extra[0]}{more}, which target_modules does not select: loaded all the same")
+    weights = [*stacks, *(f"{path}.weight" for path in adapted)]
+    parameters = config.get("target_parameters") or ()
+    notes += _lacking("target_parameters", [p for p in parameters if not any(named([p], w) for w in weights)])
     notes += _lacking("modules_to_save", [m for m in dict.fromkeys(asked) if not any(saved([m], p) for p in above)])
     for option in ("rank_pattern", "alpha_pattern") if isinstance(kind, Ranked) else ():
         patterns = config.get(option) or {}
-        notes += _lacking(option, [p for p in patterns if not any(first_hit({p: True}, path) for path in adapted)])
+        notes += _lacking(
+            option, [p for p in patterns if not any(first_hit({p: True}, path) for path in [*adapted, *stacks])]
+        )
     if config.get("trainable_token_indices") and not any(isinstance(method, TokenRows) for method in methods.values()):
         notes += _lacking("trainable_token_indices", ["tokens"])
     return notes

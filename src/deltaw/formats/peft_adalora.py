@@ -121,10 +121,16 @@ ADALORA = AdaLoRAKind(
         "trainable_token_indices": TOKENS,
         "bias": biases("lora_only"),
     },
-    unsupported={key: what for key, what in LORA.unsupported.items() if key != "lora_bias"},
+    unsupported={
+        **{key: what for key, what in LORA.unsupported.items() if key != "lora_bias"},
+        "target_parameters": "experts as targets (target_parameters)",
+    },
     # r and use_rslora are LoRA's, and mean nothing here; α of single modules does neither
     unused={*LORA.unused, "r", "use_rslora", "use_dora", "lora_bias", "alpha_pattern"},
-    for_training={**LORA.for_training, "rank_pattern": "what earlier pruning left (rank_pattern)"},
+    for_training={
+        **{key: what for key, what in LORA.for_training.items() if key != "target_parameters"},
+        "rank_pattern": "what earlier pruning left (rank_pattern)",
+    },
     bias="lora_only",
     kernels=(0, 2),
     transposed=True,

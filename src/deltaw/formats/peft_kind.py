@@ -64,7 +64,8 @@ class Kind:
     """Layers that PEFT has it for, by the dimensions of their kernel."""
     lookup: bool = False
     transposed: bool = False
-    """Also for embeddings; also for transformers' Conv1D."""
+    stacks: bool = False
+    """Also for embeddings; also for transformers' Conv1D; also for stacks of experts (`peft_experts`)."""
     same: tuple[str, ...] = ()
     """Attributes of our method that the config decides: adapter_config.json and deltaw.json must agree on them."""
 
@@ -111,6 +112,10 @@ class Kind:
         """What `found` (end of the key → tensor, all of a form) makes of the module at `path`, or why it is no adapter."""
         raise NotImplementedError
 
+    def read_stack(self, config: Mapping[str, Any], name: str, found: Mapping[str, Tensor]) -> Piece | str:
+        """As `read`, of the stack of experts that PEFT calls `name`; asked only where `stacks` is set."""
+        raise NotImplementedError
+
     # Writing
 
     def unheld(self, method: Method, spec: HostSpec | None, transposed: bool) -> str | None:
@@ -127,7 +132,7 @@ class Kind:
         return None
 
     def tensors(self, method: Method, group: Mapping[str, Tensor], spec: HostSpec | None) -> dict[str, Tensor]:
-        """End of the key → tensor, as PEFT has it."""
+        """End of the key → tensor, as PEFT has it, of a layer or of a stack of them."""
         end: dict[str, str] = {}
         for key, name in self.keys.items():
             end.setdefault(name, key)
@@ -138,7 +143,7 @@ class Kind:
         return {}
 
     def options(self, methods: Mapping[str, Method], specs: Mapping[str, HostSpec | None]) -> dict[str, Any]:
-        """Its part of the config, from the methods by path. ConfigError where PEFT cannot say it."""
+        """Its part of the config, from the methods by path or name of a parameter. ConfigError where PEFT cannot say it."""
         raise NotImplementedError
 
     # Shared by those below

@@ -2,6 +2,7 @@
 
 LORA      lora_A.weight [r, in, *kernel], lora_B.weight [out, r, *ones]; scale α/r, or α/√r with use_rslora
           lora_embedding_A [r, vocab], lora_embedding_B [dim, r]; lora_magnitude_vector [out] or [1, out, 1, …]
+          on stacks of experts (target_parameters) as `peft_experts` says
 ADALORA   lora_A [r, fan_in], lora_E [r, 1], lora_B [out, r]; scale α/(init_r + 1e-5). rank_pattern says for every
           pruned module which of its init_r triplets are left; its tensors hold those alone
 """
@@ -16,8 +17,9 @@ from torch import Tensor
 from deltaw.core.errors import ConfigError
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method
+from deltaw.formats.peft_experts import flatten, unflatten
 from deltaw.formats.peft_kind import Piece, Ranked, ranked_rules
-from deltaw.formats.peft_valid import SHARE, SWITCH, TOKENS, biases
+from deltaw.formats.peft_valid import NAMES, SHARE, SWITCH, TOKENS, biases
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
 
@@ -68,6 +70,15 @@ class LoRAKind(Ranked):
         spec = HostSpec((b.shape[0], *a.shape[1:]), lookup="lora_embedding_A" in found)
         return Piece(method, group, spec, self.told(config, path, a.shape[0]))
 
+    def read_stack(self, config: Mapping[str, Any], name: str, found: Mapping[str, Tensor]) -> Piece | str:
+        rank = self.rank_of(config, name)
+        pair = unflatten(*(found[f"lora_{which}.weight"] for which in "AB"), rank)
+        if isinstance(pair, str):
+            return pair
+        a, b = pair
+        method = dataclasses.replace(self.plain(self.method(config)), rank=rank, alpha=self.alpha_of(config, name))  # type: ignore[call-arg]
+        return Piece(method, {"lora_A": a, "lora_B": b}, HostSpec((b.shape[1], a.shape[2]), stack=len(a)))
+
     def unheld(self, method: Method, spec: HostSpec | None, transposed: bool) -> str | None:
         if spec is None:
             return "the kind of layer is not known: load the adapter into its model first"
@@ -77,6 +88,9 @@ class LoRAKind(Ranked):
 
     def tensors(self, method: Method, group: Mapping[str, Tensor], spec: HostSpec | None) -> dict[str, Tensor]:
         assert spec is not None
+        if spec.stack is not None:
+            flat = flatten(group["lora_A"], group["lora_B"])
+            return {f"lora_{which}.weight": tensor for which, tensor in zip("AB", flat, strict=True)}
         form = "lora_embedding_{}" if spec.lookup else "lora_{}.weight"
         tensors = {form.format(which): group[f"lora_{which}"] for which in "AB"}
         if "magnitude" in group:
@@ -93,7 +107,9 @@ class LoRAKind(Ranked):
         alphas = {p: float(m.alpha) if m.rslora == rslora else m.scale * m.rank for p, m in methods.items()}
         return {
             **self.patterned({path: method.rank for path, method in methods.items()}, alphas),
-            "lora_dropout": first.dropout,
+            "lora_dropout": 0.0
+            if any(spec and spec.stack for spec in specs.values())
+            else first.dropout,  # PEFT refuses both
             "use_rslora": rslora,
             "use_dora": isinstance(first, DoRA),
             "init_lora_weights": True,
@@ -135,6 +151,7 @@ LORA = LoRAKind(
         "use_rslora": SWITCH,
         "use_dora": SWITCH,
         "trainable_token_indices": TOKENS,
+        "target_parameters": NAMES,
         "bias": biases("lora_only"),
     },
     unsupported={
@@ -143,7 +160,6 @@ LORA = LoRAKind(
         "use_bdlora": "BD-LoRA (use_bdlora)",
         "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
         "layer_replication": "layer replication (layer_replication)",
-        "target_parameters": "MoE parameters as targets (target_parameters)",
         "kasa_config": "KaSA (kasa_config)",
         "velora_config": "VeLoRA (velora_config)",
         "monteclora_config": "MonteCLoRA (monteclora_config)",
@@ -163,6 +179,7 @@ LORA = LoRAKind(
     },
     for_training={
         "trainable_token_indices": "token rows (attach TokenRows under the same name)",
+        "target_parameters": "experts as targets (target_parameters: name their modules in targets)",
         "ensure_weight_tying": "adapters shared by tied modules (ensure_weight_tying)",
     },
     bias="lora_only",
@@ -170,4 +187,5 @@ LORA = LoRAKind(
     kernels=(0, 1, 2, 3),
     lookup=True,
     transposed=True,
+    stacks=True,
 )

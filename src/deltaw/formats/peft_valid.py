@@ -46,6 +46,7 @@ def patterns(test: Callable[[Any], bool], words: str) -> Check:
 
 
 TARGETS = one(lambda v: names(v) or (isinstance(v, str) and regex(v)), "a list of names or a regular expression")
+NAMES = one(names, "a list of names")
 SWITCH = one(lambda v: isinstance(v, bool), "true or false")
 WHOLE = one(whole, "a whole number of at least 1")
 COUNT = one(lambda v: whole(v, 0), "a whole number of at least 0")

@@ -2,6 +2,7 @@
 
     what PEFT matches by             written as
     target_modules (suffix)          last names where they select the right set, else full paths, else one regex
+    target_parameters (suffix)       whole names of stacks of experts (`peft_experts`)
     rank_pattern, alpha_pattern      last names where all such modules agree, else ^full path
     modules_to_save (endswith)       full paths; a module whose name would drag in others is written without an entry,
                                      and PEFT then loads its tensors in place of the base's
@@ -11,7 +12,7 @@ Without a Layout the other modules of the base are unknown, and full paths are w
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,9 +22,11 @@ from deltaw.core.method import Method, Site
 from deltaw.core.state import AdapterState
 from deltaw.formats.layout import Layout
 from deltaw.formats.peft_config import DUMMY
+from deltaw.formats.peft_experts import full_name, keys
 from deltaw.formats.peft_kind import Kind
 from deltaw.formats.peft_match import matches, saved, shadowed
 from deltaw.formats.peft_methods import KINDS, OURS, kind_for
+from deltaw.hosts.experts import ExpertsHost
 from deltaw.methods.full import Full
 from deltaw.methods.token_rows import TokenRows
 
@@ -73,18 +76,18 @@ def to_peft(state: AdapterState, layout: Layout | None = None) -> tuple[dict[str
         found.append(f"{' and '.join(kinds)} in one adapter: PEFT has one method for all modules")
     if found:
         raise faults(ConfigError, "PEFT cannot hold this adapter", found)
-    by_path = {site.path: method for site, method in adapted.items()}
-    specs = {site.path: state.specs.get(site) for site in adapted}
-    config = _config(state, kind, kind.options(by_path, specs), by_path, layout)
-    tensors = kind.common(by_path, specs)
+    by_name = {full_name(site): method for site, method in adapted.items()}
+    specs = {full_name(site): state.specs.get(site) for site in adapted}
+    config = _config(state, kind, kind.options(by_name, specs), adapted, layout)
+    tensors, paths, owners = kind.common(by_name, specs), keys(adapted), {site.path for site in adapted}
     for site, method in state.methods.items():
-        key, group = f"{PREFIX}{site.path}.", state.tensors[site]
+        key, group = f"{PREFIX}{paths.get(site, site.path)}.", state.tensors[site]
         if isinstance(method, TokenRows):
             tensors[f"{key}token_adapter.trainable_tokens_delta"] = group["rows"]
         elif isinstance(method, Full):
-            tensors[f"{key}{'base_layer.' if site.path in by_path else ''}{site.slot}"] = group["copy"]
+            tensors[f"{key}{'base_layer.' if site.path in owners else ''}{site.slot}"] = group["copy"]
         else:
-            ends = kind.tensors(method, group, specs[site.path])
+            ends = kind.tensors(method, group, specs[full_name(site)])
             tensors |= {key + end: tensor for end, tensor in ends.items()}
     return config, tensors
 
@@ -120,33 +123,39 @@ def _no_format(site: Site, method: Method, state: AdapterState, kind: Kind, layo
         if full and site.slot != "bias" and other is not None and not isinstance(other, Full):
             return "PEFT either adapts a module or trains it whole"
         return None
-    if site.slot != "weight":
-        return f"parameters of their own ({site.slot}) are not written to PEFT's target_parameters yet"
+    if site.slot != "weight" and not (kind.stacks and site.slot in ExpertsHost.slots):
+        return f"PEFT has no {method.name} on parameters of their own ({site.slot})"
     return kind.unheld(method, state.specs.get(site), layout is not None and site.path in layout.transposed)
 
 
 def _config(
-    state: AdapterState, kind: Kind, options: Mapping[str, Any], adapted: Mapping[str, Method], layout: Layout | None
+    state: AdapterState, kind: Kind, options: Mapping[str, Any], adapted: Collection[Site], layout: Layout | None
 ) -> dict[str, Any]:
     full = {site for site, method in state.methods.items() if isinstance(method, Full)}
+    modules, stacks = (
+        [s.path for s in adapted if s.slot == "weight"],
+        [full_name(s) for s in adapted if s.slot != "weight"],
+    )
     biases = {site.path for site in full if {s.slot for s in full if s.path == site.path} == {"bias"}}
-    whole = _whole_modules({site for site in full if site.path not in biases}, list(adapted), layout)
+    whole = _whole_modules({site for site in full if site.path not in biases}, [s.path for s in adapted], layout)
     tokens = {site.path: list(method.tokens) for site, method in state.methods.items() if isinstance(method, TokenRows)}
     config = {
         "peft_type": kind.type,
-        "task_type": _task(state, full, list(adapted), layout),
+        "task_type": _task(state, full, [s.path for s in adapted], layout),
         "base_model_name_or_path": _base(state),
         **options,
-        "target_modules": _targets(sorted(adapted), whole, layout),
+        "target_modules": [] if stacks and not modules else _targets(sorted(modules), whole, layout),
         "modules_to_save": whole or None,
         "inference_mode": True,
     }
     if kind.token_rows:
         config["trainable_token_indices"] = tokens or None
     if kind.bias is not None:
-        config["bias"] = "none" if not biases else kind.bias if biases <= adapted.keys() else "all"
+        config["bias"] = "none" if not biases else kind.bias if biases <= set(modules) else "all"
     if kind.transposed:
-        config["fan_in_fan_out"] = layout is not None and any(path in layout.transposed for path in adapted)
+        config["fan_in_fan_out"] = layout is not None and any(path in layout.transposed for path in modules)
+    if stacks:
+        config["target_parameters"] = sorted(stacks)
     return config
 
 
