@@ -97,5 +97,6 @@ def test_every_config_of_the_corpus_parses_or_is_refused_by_name(shared: Path) -
             assert config["peft_type"] != "LORA" or special
             assert config["peft_type"] in str(error) or all(word.lower() in str(error).lower() for word in special)
     names = {type(method).__name__ for _, method in parsed}
-    assert names == {"LoRA", "DoRA", "AdaLoRA", "LoHa", "LoKr", "OFT", "BOFT", "IA3", "VeRA"} and len(parsed) == 27
+    assert names == {"LoRA", "DoRA", "AdaLoRA", "LoHa", "LoKr", "OFT", "BOFT", "IA3", "VeRA", "LlamaAdapter"}
+    assert len(parsed) == 29
     assert any(getattr(method, "rslora", False) for _, method in parsed)

@@ -27,7 +27,7 @@ from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Site
 from deltaw.core.state import AdapterState
 from deltaw.formats.peft_config import DUMMY, check, parse_config
-from deltaw.formats.peft_experts import NESTED, full_name, sites
+from deltaw.formats.peft_experts import NESTED, full_name, is_stack, sites
 from deltaw.formats.peft_kind import Kind, Ranked
 from deltaw.formats.peft_match import matches, named, saved, shadowed
 from deltaw.formats.peft_methods import KINDS, kind_of
@@ -73,13 +73,17 @@ def from_peft(
     methods: dict[Site, Method] = {}
     specs: dict[Site, HostSpec] = {}
     placed: dict[Site, Mapping[str, Tensor]] = {}
-    where, unclear = sites(config, parts.adapted) if kind.stacks else ({path: Site(path) for path in parts.adapted}, [])
+    where, unclear = (
+        sites(config, parts.adapted) if kind.stacks else ({path: Site(path, kind.slot) for path in parts.adapted}, [])
+    )
     parts.found += unclear
     for path, site in where.items():
-        ends, stack = parts.adapted[path], site.slot != "weight"
+        ends = parts.adapted[path]
         lacking = kind.incomplete(config, {kind.keys[end] for end in ends})
         piece = lacking or (
-            kind.read_stack(config, full_name(site), ends) if stack else kind.read(config, path, ends, parts.shared)
+            kind.read_stack(config, full_name(site), ends)
+            if is_stack(site)
+            else kind.read(config, path, ends, parts.shared)
         )
         if isinstance(piece, str):
             parts.found.append(f"{site}: {piece}")
@@ -198,8 +202,9 @@ def _tokens(config: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
 def _dead(config: Mapping[str, Any], methods: Mapping[Site, Method], kind: Kind) -> list[str]:
     """What the config names and the file lacks, and the other way round."""
     held = [site for site, method in methods.items() if kind.holds(method)]
-    adapted = [site.path for site in held if site.slot == "weight"]
-    stacks = [full_name(site) for site in held if site.slot != "weight"]
+    adapted = [site.path for site in held if not is_stack(site)]
+    stacks = [full_name(site) for site in held if is_stack(site)]
+    config = {**config, "target_modules": kind.targets(config)}
     whole = {site.path for site, method in methods.items() if isinstance(method, Full)}
     above = {".".join(path.split(".")[: i + 1]) for path in whole for i in range(path.count(".") + 1)}
     targets, asked, notes = config.get("target_modules"), config.get("modules_to_save") or (), []

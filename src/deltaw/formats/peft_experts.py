@@ -22,9 +22,13 @@ from deltaw.hosts.experts import ExpertsHost
 NESTED = ".base_layer"
 
 
+def is_stack(site: Site) -> bool:
+    return site.slot in ExpertsHost.slots
+
+
 def full_name(site: Site) -> str:
     """What PEFT calls a site: the module's path, or that of a parameter in it."""
-    return site.path if site.slot == "weight" else f"{site.path}.{site.slot}"
+    return f"{site.path}.{site.slot}" if is_stack(site) else site.path
 
 
 def sites(config: Mapping[str, Any], paths: Iterable[str]) -> tuple[dict[str, Site], list[str]]:

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from deltaw.core.host import HostSpec
-from deltaw.core.method import Method, get
+from deltaw.core.method import Method, Site, get
+from deltaw.core.state import AdapterState
+from deltaw.formats.layout import Layout
 from deltaw.formats.peft_valid import ALPHAS, POSITIVE, RANKS, WHOLE, Check
 from deltaw.methods.patterns import first_hit
 
@@ -44,6 +46,8 @@ class Kind:
     """Methods of ours that it holds, by their names in the registry."""
     keys: Mapping[str, str]
     """End of a tensor's key, after the module's path → our name of the tensor. The first of a name is written."""
+    slot: str = "weight"
+    """Of the modules it sits on."""
     shared: Collection[str] = ()
     """Whole keys of tensors that belong to no module."""
     unread: Mapping[str, str] = field(default_factory=dict)
@@ -56,6 +60,8 @@ class Kind:
     """Options that say nothing about what finished tensors compute, whatever their value."""
     for_training: Mapping[str, str] = field(default_factory=dict)
     """Options that a file's tensors answer, but a new adapter made from the config would not honour."""
+    lacks: Collection[str] = ()
+    """Options of other kinds that its config does not have."""
     bias: str | None = None
     """Its word for "the biases of the adapted modules"; None where it trains none."""
     token_rows: bool = False
@@ -76,6 +82,10 @@ class Kind:
         return self.label
 
     # Reading
+
+    def targets(self, config: Mapping[str, Any]) -> Any:
+        """Its target_modules: a regular expression or names."""
+        return config.get("target_modules")
 
     def faults(self, config: Mapping[str, Any]) -> list[str]:
         """What else of a config is impossible or not supported, each a sentence."""
@@ -130,6 +140,10 @@ class Kind:
         if kernel and kernel not in self.kernels:
             return f"PEFT has no {self.label} on convolutions of {kernel} dimension{'s' if kernel > 1 else ''}"
         return None
+
+    def unplaced(self, state: AdapterState, adapted: Collection[Site], layout: Layout | None) -> list[str]:
+        """Why PEFT has no format for these sites together, each a sentence."""
+        return []
 
     def tensors(self, method: Method, group: Mapping[str, Tensor], spec: HostSpec | None) -> dict[str, Tensor]:
         """End of the key → tensor, as PEFT has it, of a layer or of a stack of them."""

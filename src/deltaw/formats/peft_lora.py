@@ -72,7 +72,7 @@ class LoRAKind(Ranked):
 
     def read_stack(self, config: Mapping[str, Any], name: str, found: Mapping[str, Tensor]) -> Piece | str:
         rank = self.rank_of(config, name)
-        pair = unflatten(*(found[f"lora_{which}.weight"] for which in "AB"), rank)
+        pair = unflatten(found["lora_A.weight"], found["lora_B.weight"], rank)
         if isinstance(pair, str):
             return pair
         a, b = pair

@@ -22,11 +22,10 @@ from deltaw.core.method import Method, Site
 from deltaw.core.state import AdapterState
 from deltaw.formats.layout import Layout
 from deltaw.formats.peft_config import DUMMY
-from deltaw.formats.peft_experts import full_name, keys
+from deltaw.formats.peft_experts import full_name, is_stack, keys
 from deltaw.formats.peft_kind import Kind
 from deltaw.formats.peft_match import matches, saved, shadowed
 from deltaw.formats.peft_methods import KINDS, OURS, kind_for
-from deltaw.hosts.experts import ExpertsHost
 from deltaw.methods.full import Full
 from deltaw.methods.token_rows import TokenRows
 
@@ -74,6 +73,7 @@ def to_peft(state: AdapterState, layout: Layout | None = None) -> tuple[dict[str
     ]
     if len(kinds) > 1:
         found.append(f"{' and '.join(kinds)} in one adapter: PEFT has one method for all modules")
+    found += [] if found else kind.unplaced(state, adapted, layout)
     if found:
         raise faults(ConfigError, "PEFT cannot hold this adapter", found)
     by_name = {full_name(site): method for site, method in adapted.items()}
@@ -116,6 +116,8 @@ def _no_format(site: Site, method: Method, state: AdapterState, kind: Kind, layo
         return "a module on the way has one of PEFT's own names"
     if rows and not kind.token_rows:
         return f"PEFT has no token rows beside {kind.label}"
+    if full and "modules_to_save" in kind.lacks:
+        return f"PEFT trains nothing beside {kind.label}"
     if full and site.slot == "bias" and kind.bias is None and Site(site.path) in state.methods:
         return f"PEFT trains no biases beside {kind.label}"
     if full or rows:
@@ -123,7 +125,7 @@ def _no_format(site: Site, method: Method, state: AdapterState, kind: Kind, layo
         if full and site.slot != "bias" and other is not None and not isinstance(other, Full):
             return "PEFT either adapts a module or trains it whole"
         return None
-    if site.slot != "weight" and not (kind.stacks and site.slot in ExpertsHost.slots):
+    if site.slot != kind.slot and not (kind.stacks and is_stack(site)):
         return f"PEFT has no {method.name} on parameters of their own ({site.slot})"
     return kind.unheld(method, state.specs.get(site), layout is not None and site.path in layout.transposed)
 
@@ -132,10 +134,8 @@ def _config(
     state: AdapterState, kind: Kind, options: Mapping[str, Any], adapted: Collection[Site], layout: Layout | None
 ) -> dict[str, Any]:
     full = {site for site, method in state.methods.items() if isinstance(method, Full)}
-    modules, stacks = (
-        [s.path for s in adapted if s.slot == "weight"],
-        [full_name(s) for s in adapted if s.slot != "weight"],
-    )
+    modules = [site.path for site in adapted if not is_stack(site)]
+    stacks = [full_name(site) for site in adapted if is_stack(site)]
     biases = {site.path for site in full if {s.slot for s in full if s.path == site.path} == {"bias"}}
     whole = _whole_modules({site for site in full if site.path not in biases}, [s.path for s in adapted], layout)
     tokens = {site.path: list(method.tokens) for site, method in state.methods.items() if isinstance(method, TokenRows)}
@@ -143,10 +143,10 @@ def _config(
         "peft_type": kind.type,
         "task_type": _task(state, full, [s.path for s in adapted], layout),
         "base_model_name_or_path": _base(state),
-        **options,
         "target_modules": [] if stacks and not modules else _targets(sorted(modules), whole, layout),
         "modules_to_save": whole or None,
         "inference_mode": True,
+        **options,
     }
     if kind.token_rows:
         config["trainable_token_indices"] = tokens or None
@@ -156,7 +156,7 @@ def _config(
         config["fan_in_fan_out"] = layout is not None and any(path in layout.transposed for path in modules)
     if stacks:
         config["target_parameters"] = sorted(stacks)
-    return config
+    return {key: value for key, value in config.items() if key not in kind.lacks}
 
 
 def _base(state: AdapterState) -> str | None:

@@ -10,14 +10,15 @@ norms), the queries carry their positions as in the authors' code. Not mergeable
 
 Where sources disagree. The authors train with tanh(g) and run v1 inference with plain g, from the same file; v2 has tanh
 throughout, as here, in training and inference alike. PEFT (AdaptionPrompt) has one gate for all heads and no tanh: its
-function is this one at g_h = artanh(gate), except on GPT-2, where it leaves out the output projection. Its files cannot
-hold a gate per head, so these are stored in our own layout.
+function is `gate: plain`, except on GPT-2, where it leaves out the output projection. Its files cannot hold a gate per
+head: these are stored in our own layout.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +31,18 @@ from deltaw.methods.full import companions
 
 
 class LlamaAdapterAdapter(Adapter):
-    def __init__(self, heads: int, width: int, length: int):
+    def __init__(self, gates: int, width: int, length: int, plain: bool):
         super().__init__()
+        self.plain = plain
         self.prompt = nn.Parameter(torch.zeros(length, width, dtype=torch.float32))
-        self.gate = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+        self.gate = nn.Parameter(torch.zeros(gates, dtype=torch.float32))
 
     def read(self, host: AttentionHost, queries: Tensor) -> Tensor:
         """queries [B, heads, T, d] → what the heads read from the prompt, gated: [B, T, heads·d]"""
         keys, values = host.keys_values(self.prompt.to(queries.dtype))  # [1, heads, K, d]
         scores = (queries @ keys.transpose(-1, -2)) * host.scaling  # [B, heads, T, K]
-        weights = self.gate.tanh().view(-1, 1, 1) * scores.float().softmax(-1)
+        gate = self.gate if self.plain else self.gate.tanh()
+        weights = gate.view(-1, 1, 1) * scores.float().softmax(-1)
         return (weights.to(values.dtype) @ values).transpose(1, 2).flatten(2)
 
     def forward(self, host: Any, call: Call, strength: Tensor | None, *args: Any, **kwargs: Any) -> Any:
@@ -54,6 +57,9 @@ class LlamaAdapter(Method):
 
     length: int = 10
     """Learned tokens K of every adapted layer."""
+    gate: Literal["tanh", "plain"] = "tanh"
+    """What scales the prompts' part: one number per head through tanh, as in the paper, or one per layer as it is (plain),
+    which is the form that PEFT's files hold."""
     modules_to_save: tuple[str, ...] = ()
     """Names of modules trained in full and stored with the adapter, e.g. a new classifier."""
 
@@ -61,6 +67,8 @@ class LlamaAdapter(Method):
         found = []
         if type(self.length) is not int or self.length < 1:
             found.append(f"length={self.length!r} is not a whole number of at least 1")
+        if self.gate not in ("tanh", "plain"):
+            found.append(f"gate={self.gate!r} is none of tanh, plain")
         if isinstance(self.modules_to_save, str):
             found.append(
                 f"modules_to_save={self.modules_to_save!r} must be a list of names: [{self.modules_to_save!r}]"
@@ -71,10 +79,11 @@ class LlamaAdapter(Method):
         return companions("none", self.modules_to_save, parameters, targets)
 
     def at(self, path: str, spec: HostSpec) -> "LlamaAdapter":
-        return LlamaAdapter(length=self.length)
+        return dataclasses.replace(self, modules_to_save=())
 
     def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
         heads, width = spec.shape
-        adapter = LlamaAdapterAdapter(heads, width, self.length)
+        plain = self.gate == "plain"
+        adapter = LlamaAdapterAdapter(1 if plain else heads, width, self.length, plain)
         nn.init.normal_(adapter.prompt)
         return adapter
