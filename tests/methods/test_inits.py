@@ -4,14 +4,15 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
-from statistics import NormalDist
 
+import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
 
 from deltaw.core.attach import adapters, attach, detach, extract, insert
 from deltaw.core.errors import ConfigError, TargetError, UseError
+from deltaw.core.host import host_of
 from deltaw.core.merge import merge
 from deltaw.core.method import Site
 from deltaw.core.state import delta
@@ -20,7 +21,7 @@ from deltaw.formats.peft import to_peft
 from deltaw.methods.adalora import AdaLoRA
 from deltaw.methods.dora import DoRA
 from deltaw.methods.eva import PCA
-from deltaw.methods.inits import loftq, olora, pissa
+from deltaw.methods.inits import olora, pissa
 from deltaw.methods.lora import LoRA
 from deltaw.mixing import exact
 from deltaw.models.adapters import load, save
@@ -191,7 +192,7 @@ def test_mixing_and_factors_count_the_first_factors() -> None:
 
 
 def test_dora_and_impossible_starts_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"init='pissa' keeps first factors beside W"):
+    with pytest.raises(ConfigError, match=r"init='pissa' starts with a change beside W"):
         DoRA(init="pissa")
     with pytest.raises(ConfigError, match=r"niter=-1 is not a whole number"):
         LoRA(init="pissa", niter=-1)
@@ -201,48 +202,61 @@ def test_dora_and_impossible_starts_are_refused() -> None:
         attach(net(), LoRA(rank=8, init="pissa"), targets="2")
 
 
-# LoftQ, with a block-wise NF4 of our own
+# LoftQ
 
 
-def nf4(weight: Tensor, block: int = 64) -> Tensor:
-    """Round to the 16 values of NF4 (Dettmers et al. 2023), each block of 64 scaled by its largest value, and decode."""
-    inverse, offset = NormalDist().inv_cdf, 0.5 * (1 / 32 + 1 / 30)
-    up = [inverse(1 - offset + i * (offset - 0.5) / 8) for i in range(8)]
-    down = [-inverse(1 - offset + i * (offset - 0.5) / 7) for i in range(7)]
-    book = torch.tensor(sorted([*up, *down, 0.0])) / up[0]
-    blocks = weight.flatten().view(-1, block)
-    top = blocks.abs().amax(1, keepdim=True)
-    nearest = ((blocks / top)[..., None] - book).abs().argmin(-1)
-    return (book[nearest] * top).view_as(weight)
+def quantised(weight: Tensor) -> nn.Sequential:
+    layer = bitsandbytes.nn.LinearNF4(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data = weight.clone()
+    return nn.Sequential(layer.to("cpu"))
 
 
-def test_the_code_book_of_the_test_is_the_published_one() -> None:
-    codes = nf4(torch.linspace(-1, 1, 64)).unique()
-    assert len(codes) == 16
-    published = torch.tensor([-1.0, -0.6961928, -0.5250730, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0])
-    torch.testing.assert_close(codes[:8], published, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("alpha", [2.0, 8.0, 30.0])
+def test_loftq_is_the_best_approximation_of_what_rounding_took(alpha: float) -> None:
+    """Whatever α is: factors not divided by √s, as published, are off by s − 1 times the change. The base stays."""
+    weight = torch.randn(48, 128) / 11
+    model = quantised(weight)
+    codes, decoded = model[0].weight.detach().clone(), host_of(model[0]).weight
+    attach(model, LoRA(rank=8, alpha=alpha, init="loftq"), targets="0", weights={HERE: weight}.__getitem__)
+    change = delta(extract(model), "0", torch.zeros_like(weight))
+    rest = weight - decoded - change
+    tail = torch.linalg.svdvals(weight - decoded)[8:].square().sum().sqrt()
+    assert float(rest.norm()) == pytest.approx(float(tail), rel=1e-4) and tail < 0.9 * (weight - decoded).norm()
+    x = torch.randn(5, 128)
+    torch.testing.assert_close(model(x), x @ (decoded + change).T, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model[0].weight, codes)
+    a, b = pissa(weight - decoded, 8, 1.0)
+    assert (weight - decoded - alpha / 8 * b @ a).norm() >= rest.norm() * (1 - 1e-6)
 
 
-def test_loftq_is_nearer_to_the_weight_than_quantising_alone() -> None:
-    weight = torch.randn(64, 128) / 11
-    plain = float((weight - nf4(weight)).norm())
-    decoded, a, b = loftq(weight, 8, 2.0, nf4, turns=1)
-    assert torch.equal(decoded, nf4(weight)) and a.shape == (8, 128) and b.shape == (64, 8)
-    one = float((weight - decoded - 2.0 * b @ a).norm())
-    rest = torch.linalg.svdvals(weight - decoded)[8:].square().sum().sqrt()
-    assert one == pytest.approx(float(rest), rel=1e-4) and one < 0.9 * plain
-    decoded, a, b = loftq(weight, 8, 2.0, nf4)
-    five = float((weight - decoded - 2.0 * b @ a).norm())
-    assert five < one and not torch.equal(decoded, nf4(weight))
+def test_a_mix_with_loftq_remains_one_of_the_quantised_base() -> None:
+    weight = torch.randn(48, 128) / 11
+    model, states = quantised(weight), []
+    for init in ("loftq", "kaiming"):
+        attach(model, LoRA(rank=4, init=init), targets="0", weights=lambda _: weight)
+        stir(model, 0.01)
+        states.append(extract(model))
+        detach(model)
+    assert [state.methods[HERE].corrects for state in states] == [True, False]
+    assert exact(states, [1.0, 0.5]).methods[HERE].corrects and not exact(states[1:], [2.0]).methods[HERE].corrects
 
 
-def test_the_value_of_loftq_does_not_depend_on_alpha() -> None:
-    """Factors not divided by √s, as published, are off by s − 1 times the change."""
-    weight = torch.randn(64, 64)
-    sums = [q + scale * b @ a for scale in (1.0, 0.25, 4.0) for q, a, b in [loftq(weight, 4, scale, nf4, turns=3)]]
-    assert all(float((s - sums[0]).norm() / sums[0].norm()) < 1e-4 for s in sums[1:])
-    q, a, b = loftq(weight, 4, 1.0, nf4, turns=3)
-    assert (weight - q - 0.25 * b @ a).norm() > 1.02 * (weight - sums[1]).norm()
+def test_loftq_where_it_cannot_be() -> None:
+    weight = torch.randn(48, 128)
+    with pytest.raises(UseError, match=r"^0: init: loftq makes up for rounding, and this layer is not quantised"):
+        attach(net(), LoRA(init="loftq", rank=2), targets="0", weights=lambda _: weight)
+    model = quantised(weight)
+    with pytest.raises(
+        UseError, match=r"init: loftq needs the weights before they were quantised: attach\(…, weights="
+    ):
+        attach(model, LoRA(init="loftq"), targets="0")
+    with pytest.raises(UseError, match=r"the weight given is \(128, 48\), the layer's is \(48, 128\)"):
+        attach(model, LoRA(init="loftq"), targets="0", weights=lambda _: weight.T)
+    with pytest.raises(TargetError, match=r"rank 49 with init: loftq is more than the weight has: at most 48"):
+        attach(model, LoRA(init="loftq", rank=49), targets="0", weights=lambda _: weight)
+    with pytest.raises(ConfigError, match=r"init='loftq' starts with a change beside W"):
+        DoRA(init="loftq")
+    assert not list(model.named_modules())[1:][1:]  # nothing was attached
 
 
 # EVA

@@ -16,7 +16,7 @@ import deltaw
 from deltaw.cli.main import main
 from deltaw.config import parse
 from deltaw.core.base import parameters, quantization
-from deltaw.core.errors import ConfigError, MergeError, TargetError, TrainError, UseError
+from deltaw.core.errors import BaseMismatchError, ConfigError, MergeError, TargetError, TrainError, UseError
 from deltaw.core.host import host_of
 from deltaw.models.base import load_base
 from deltaw.ship.merge import logits, merge_to_folder, probe
@@ -167,6 +167,36 @@ def test_merges_two_ways_and_says_which_is_closer(finished: training.Run, base: 
         said = getattr(found, into)
         assert float(apart.max()) == pytest.approx(said.largest, abs=1e-4)
         assert float(apart.mean()) == pytest.approx(said.mean, abs=1e-4)
+
+
+def test_loftq_starts_nearer_and_stays_on_its_base(
+    rows: Path, base: object, tmp_path: Path, shelf: training.Shelf, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Its first step is nearer to the unquantised base; the adapter is refused elsewhere, and merges one way only."""
+    full = load_base("tiny", dtype="fp32").model
+    ids = probe(full)
+    weights = lambda site: host_of(full.get_submodule(site.path)).weight  # noqa: E731
+    deltaw.attach(base.model, deltaw.LoRA(rank=16, init="loftq"), targets="all-linear", weights=weights)
+    wanted, started = logits(full, ids), logits(base.model, ids)
+    deltaw.detach(base.model)
+    apart, plain = ((x - wanted).square().mean() for x in (started, logits(base.model, ids)))
+    assert apart < 0.95 * plain
+    done = deltaw.train(config(rows, tmp_path / "run", init="loftq", niter=4), quiet=True, shelf=shelf)
+    assert done.losses["held_out"] < done.losses["base"]
+    assert deltaw.load(base.model, done.adapter, name="again").base == "match"
+    tuned = logits(base.model, ids)
+    deltaw.detach(base.model, "again")
+    with pytest.raises(BaseMismatchError, match=r"init: loftq\): its base is in nf4, this one is unquantised"):
+        deltaw.load(full, done.adapter)
+    code, _, err = run("merge", done.adapter, "--output", tmp_path / "m", "--dtype", "fp32")
+    assert code == UseError.code and "--into dequantized" in err and not (tmp_path / "m").exists()
+    merged = merge_to_folder("tiny", done.adapter, tmp_path / "m", dtype="fp32", into="dequantized")
+    assert merged.round_trip.closer == "dequantized"
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    assert float((logits(written, ids) - tuned).abs().max()) < 1e-3
+    with pytest.raises(UseError, match="this layer is not quantised"):
+        deltaw.train(config(rows, tmp_path / "no", "none", init="loftq"), quiet=True)
+    assert not (tmp_path / "no").exists()
 
 
 def test_the_verbs(

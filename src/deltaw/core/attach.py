@@ -10,10 +10,10 @@ keys, flags and outputs to the bit. Attach after quantising and before sharding.
 `core.place`, what is refused in `core.guards`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from deltaw.core import guards, route
 from deltaw.core import targets as planning
@@ -22,7 +22,7 @@ from deltaw.core.base import identify, parameters, unwrapped
 from deltaw.core.carried import base_class_of, carried, here, vanished
 from deltaw.core.errors import FileError, UseError, did_you_mean, faults
 from deltaw.core.host import host_of
-from deltaw.core.method import Method, Site
+from deltaw.core.method import Given, Method, Site
 from deltaw.core.place import place, remove
 from deltaw.core.plan import Target, TargetPlan
 from deltaw.core.state import AdapterState, misfit
@@ -38,14 +38,16 @@ def attach(
     exclude: Targets = (),
     layers: str | int | Iterable[int] | None = None,
     batches: Iterable[Any] | None = None,
+    weights: Callable[[Site], Tensor] | None = None,
 ) -> TargetPlan:
     """Attach fresh adapters of `method` to the modules that `targets` names, and make them the trainable ones.
 
     Afterwards exactly the tensors of adapter `name` require a gradient and `name` alone is live. The model's output is
-    unchanged to the bit until training moves them. Attaching again under the same name adds to that adapter.
+    unchanged to the bit until training moves them (init: loftq apart). Attaching again under the same name adds to it.
 
     targets: preset, name, pattern or several (see `deltaw.core.targets`); exclude: the same, taken away; layers: "0-3";
-    batches: inputs of the model (each its keyword arguments, or one argument), for methods that start from data.
+    batches: inputs of the model (each its keyword arguments, or one argument), for methods that start from data;
+    weights: site → the weight before it was quantised, for those that start from what was rounded off.
     Returns the plan that was carried out. Raises TargetError, with nothing touched, when a target cannot be adapted.
     """
     model = unwrapped(_module(model))
@@ -53,7 +55,8 @@ def attach(
         raise UseError(f"{method!r} is not a method: give one with its options, for example deltaw.LoRA(rank=16)")
     plan = planning.plan(model, method, targets, exclude=exclude, layers=layers)
     guards.admit(model, name, {target.site: target.method for target in plan.targets})
-    first = method.prepare(model, {target.site: (target.method, target.spec) for target in plan.targets}, batches)
+    sites = {target.site: (target.method, target.spec) for target in plan.targets}
+    first = method.prepare(model, sites, Given(batches=batches, weights=weights))
     plan = planning.replaced(plan, {site: prepared for site, (prepared, _) in first.items()})
     built = []
     for target in plan.targets:  # all of them before the first is placed

@@ -36,6 +36,16 @@ Part = tuple["Method", Mapping[str, Tensor], float]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a start may look at beside the model, as given to `attach`; None where it was not."""
+
+    batches: Iterable[Any] | None = None
+    """Inputs of the model."""
+    weights: Callable[[Site], Tensor] | None = None
+    """Site → canonical weight before the base was quantised."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """Base of all methods. Subclasses add fields, each with a docstring, check them in `invalid` and build adapters."""
 
@@ -51,6 +61,11 @@ class Method:
     along a first dimension, and so are its factors, which it must have. A subclass says so itself."""
     follows_ties: ClassVar[bool] = False
     """True for changes of a table itself (token rows): they act in every module that is tied to the same parameter."""
+
+    @property
+    def corrects(self) -> bool:
+        """Does its change make up for what quantising the base rounded off? It is wrong on any other base then."""
+        return False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -96,11 +111,11 @@ class Method:
         raise NotImplementedError
 
     def prepare(
-        self, model: nn.Module, sites: "Mapping[Site, tuple[Method, HostSpec]]", batches: Iterable[Any] | None
+        self, model: nn.Module, sites: "Mapping[Site, tuple[Method, HostSpec]]", given: Given
     ) -> "Mapping[Site, tuple[Method, Mapping[str, Tensor]]]":
         """For starts that depend on data: other methods for some sites, and tensors that their adapters start with.
 
-        Called by `attach` before it changes the model; `batches` are inputs of the model, None where none were given.
+        Called by `attach` before it changes the model.
         """
         return {}
 

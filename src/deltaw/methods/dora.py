@@ -69,9 +69,9 @@ class DoRA(LoRA):
 
     def invalid(self) -> Sequence[str]:
         found = list(super().invalid())
-        if self.init in STARTS:
+        if self.init in STARTS or self.init == "loftq":
             found.append(
-                f"init={self.init!r} keeps first factors beside W, for which DoRA has no norm: use LoRA, or init=eva"
+                f"init={self.init!r} starts with a change beside W, for which DoRA has no norm: use LoRA, or init=eva"
             )
         return found
 

@@ -3,18 +3,24 @@
 PiSSA   Meng et al. 2024, arXiv 2404.02948: W = UΣVᵀ, B₀ = U_r √(Σ_r/s), A₀ = √(Σ_r/s) V_rᵀ, so that sB₀A₀ is the best
         approximation of rank r. The paper has α = r, which is the default here.
 OLoRA   Büyükakyüz 2024, arXiv 2406.01775, as in PEFT: W = QR, B₀ = Q[:, :r], A₀ = R[:r], not divided by s.
-LoftQ   Li et al. 2023, arXiv 2310.08659: quantised base Q and factors with Q + sBA close to W, by turns. The published
-        code leaves s out, which is exact for α = r only; here both factors are divided by √s.
+LoftQ   Li et al. 2023, arXiv 2310.08659, one turn: sBA is the best approximation of what quantising rounded off, W − Q.
+        The published code leaves s out, which is exact for α = r only; here both factors are divided by √s. It also
+        goes on by turns (quantise W − sBA, and so on), which needs another Q than the one that is loaded: not here.
 
 How PiSSA and OLoRA keep W as it is, is written in `methods.lora`. On a quantised base they start from its decoded values,
-so that the error of quantisation stays (QPiSSA's base, which is W − sB₀A₀ quantised, is another one).
+so that the error of quantisation stays (QPiSSA's base, which is W − sB₀A₀ quantised, is another one). LoftQ keeps Q as it
+is too, but not the output: the model starts nearer to the unquantised one, and the adapter belongs to the quantised base.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from deltaw.core.errors import UseError
+from deltaw.core.host import host_of
+from deltaw.core.method import Site
 
 Start = Callable[..., tuple[Tensor, Tensor]]
 
@@ -37,18 +43,19 @@ def olora(weight: Tensor, rank: int, scale: float, **_: Any) -> tuple[Tensor, Te
 
 
 def loftq(
-    weight: Tensor, rank: int, scale: float, quantise: Callable[[Tensor], Tensor], *, turns: int = 5
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(Q, A, B): Q the quantised W − sBA of the last turn, decoded; A, B the best rank-r factors of W − Q.
-
-    quantise: a weight → its values after quantisation. One turn quantises W itself; more need not be better.
-    """
-    change = torch.zeros_like(weight)
-    for _ in range(turns):
-        decoded = quantise(weight - change)
-        a, b = pissa(weight - decoded, rank, scale)
-        change = scale * (b @ a)
-    return decoded, a, b
+    model: nn.Module, site: Site, weights: Callable[[Site], Tensor] | None, rank: int, scale: float, niter: int | None
+) -> dict[str, Tensor]:
+    """First tensors at a site of a quantised base. weights: site → canonical weight before it was quantised."""
+    host = host_of(model.get_submodule(site.path), site.slot)
+    if host.quantized is None:
+        raise UseError(f"{site}: init: loftq makes up for rounding, and this layer is not quantised (quantize: nf4)")
+    if weights is None:
+        raise UseError("init: loftq needs the weights before they were quantised: attach(…, weights=site → weight)")
+    original, decoded = weights(site).to(host.device).float(), host.weight
+    if original.shape != decoded.shape:
+        raise UseError(f"{site}: the weight given is {tuple(original.shape)}, the layer's is {tuple(decoded.shape)}")
+    a, b = pissa(original - decoded, rank, scale, niter=niter)
+    return {"lora_A": a, "lora_B": b}
 
 
 STARTS: Mapping[str, Start] = {"pissa": pissa, "olora": olora}

@@ -16,7 +16,7 @@ without the cancellation of two large products. Files hold these factors, a plai
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from deltaw.core.adapter import Adapter, Factors, WeightAdapter, compute_dtype
 from deltaw.core.errors import did_you_mean
 from deltaw.core.host import HostSpec
-from deltaw.core.method import Method, Owned, Part, Site, register
+from deltaw.core.method import Given, Method, Owned, Part, Site, register
 from deltaw.methods import patterns
 from deltaw.methods.eva import eva
 from deltaw.methods.full import companions
-from deltaw.methods.inits import STARTS, Start, split, within
+from deltaw.methods.inits import STARTS, Start, loftq, split, within
 from deltaw.methods.patterns import first_hit, hits
 from deltaw.methods.ranked import kaiming, unfit_rank
 
@@ -102,14 +102,14 @@ class LoRA(Method):
     """Dropout on the input of the low-rank branch only, in training."""
     rslora: bool = False
     """Scale α/√r instead of α/r."""
-    init: Literal["kaiming", "gaussian", "normal", "pissa", "olora", "eva"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "normal", "pissa", "olora", "eva", "loftq"] = "kaiming"
     """How A starts, with B at zero: kaiming U(±1/√in); gaussian N(0, 1/r); normal N(0, init_std); eva: the main directions
     of the layer's inputs in the training data, with the ranks shared out by them. Or A and B from the weight: pissa, its
-    largest singular values; olora, its QR decomposition."""
+    largest singular values; olora, its QR decomposition; loftq, of a quantised base, what rounding took from it."""
     init_std: float = 0.02
     """Standard deviation of init: normal."""
     niter: int | None = None
-    """Power iterations of a randomised SVD for init: pissa, much faster on large layers (paper: 4, 16). Default: exact."""
+    """Power iterations of a randomised SVD for init: pissa and loftq, much faster on large layers (paper: 4, 16). Default: exact."""
     rho: float = 2.0
     """With init: eva a layer gets at most this multiple of its rank."""
     plus: float = 1.0
@@ -159,7 +159,7 @@ class LoRA(Method):
         if not _positive(self.rho) or self.rho < 1:
             found.append(f"rho={self.rho!r} is not a number of at least 1")
         for option, known in (
-            ("init", ("kaiming", "gaussian", "normal", "eva", *STARTS)),
+            ("init", ("kaiming", "gaussian", "normal", "eva", "loftq", *STARTS)),
             ("bias", ("none", "all", "lora_only")),
         ):
             if getattr(self, option) not in known:
@@ -167,29 +167,39 @@ class LoRA(Method):
         return found
 
     def unfit(self, spec: HostSpec) -> str | None:
-        if spec.stack is not None and (self.init == "eva" or self.init in STARTS):
+        whole = self.init == "loftq" or self.init in STARTS
+        if spec.stack is not None and (self.init == "eva" or whole):
             return f"init: {self.init} is for single weights, not for a stack of experts: choose another init"
         if self.init == "eva" and (spec.lookup or len(spec.shape) > 2):
             return "init: eva looks at a layer's input vectors, and this one reads ids or patches: choose another init"
         small = min(spec.shape[0], spec.fan_in)
-        if self.init in STARTS and self.rank is not None and self.rank > small:
+        if whole and self.rank is not None and self.rank > small:
             return f"rank {self.rank} with init: {self.init} is more than the weight has: at most {small}"
         return None if self.rank is None else unfit_rank(self.rank, spec)
 
     def prepare(
-        self, model: nn.Module, sites: Mapping[Site, tuple[Method, HostSpec]], batches: Iterable[Any] | None
+        self, model: nn.Module, sites: Mapping[Site, tuple[Method, HostSpec]], given: Given
     ) -> Mapping[Site, tuple[Method, Mapping[str, Tensor]]]:
         ours = {site: (method, spec) for site, (method, spec) in sites.items() if isinstance(method, LoRA)}
+        if self.init == "loftq":
+            return {
+                site: (m, loftq(model, site, given.weights, m.rank or 1, m.scale, m.niter))
+                for site, (m, _) in ours.items()
+            }
         if self.init != "eva" or not ours:
             return {}
         ranks = {site: method.rank or 1 for site, (method, _) in ours.items()}
-        found = eva(model, ranks, batches, rho=self.rho)
+        found = eva(model, ranks, given.batches, rho=self.rho)
         prepared: dict[Site, tuple[Method, Mapping[str, Tensor]]] = {}
         for site, a in found.items():
             method, rank = ours[site][0], len(a)
             alpha = method.scale * method._unit(rank)  # the scale stays what it was
             prepared[site] = dataclasses.replace(method, rank=rank, alpha=alpha), {"lora_A": a}
         return prepared
+
+    @property
+    def corrects(self) -> bool:
+        return self.init == "loftq"
 
     def unused(self, paths: Sequence[str]) -> Sequence[str]:
         names = [path.rpartition(".")[2] for path in paths]
@@ -237,7 +247,7 @@ class LoRA(Method):
         assert self.rank is not None
         if spec.lookup:
             nn.init.normal_(adapter.lora_B)
-        elif self.init in ("kaiming", "eva"):
+        elif self.init in ("kaiming", "eva", "loftq"):
             kaiming(adapter.lora_A, spec.fan_in)
         else:
             nn.init.normal_(adapter.lora_A, std=1 / self.rank if self.init == "gaussian" else self.init_std)
@@ -269,7 +279,8 @@ class LoRA(Method):
         a = torch.cat([tensors["lora_A"].float() for _, tensors, _ in ends])
         b = torch.cat([s * tensors["lora_B"].float() for s, (_, tensors, _) in zip(scales, ends, strict=True)], dim=1)
         a, b = within(a, b)
-        return LoRA(rank=a.shape[0], alpha=float(a.shape[0])), {"lora_A": a, "lora_B": b}
+        init: Any = "loftq" if any(method.corrects for method, _, _ in parts) else "kaiming"
+        return LoRA(rank=a.shape[0], alpha=float(a.shape[0]), init=init), {"lora_A": a, "lora_B": b}
 
 
 def _positive(value: Any) -> bool:

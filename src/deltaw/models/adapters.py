@@ -148,13 +148,19 @@ def _base_answer(model: nn.Module, stored: directory.Stored) -> tuple[Answer, st
         if mine is not None and not _equal(mine.detach().cpu(), copy):
             apart = "its values" if mine.shape == copy.shape else f"shape, {_size(copy)} and {_size(mine)} here"
             return "mismatch", f"the file carries a copy of the base's {name}, which differs in {apart}"
-    if stored.state.base is None:
+    trained, now = stored.state.base, quantization(model)
+    if trained is None:
         return "unknown", None
+    if trained.quantized != now and any(method.corrects for method in stored.state.methods.values()):
+        return (
+            "mismatch",
+            f"it makes up for what quantising rounds off (init: loftq): its base is {_held(trained.quantized)}, this one is {_held(now)}",
+        )
     here = identify(model)
-    difference = stored.state.base.difference(here)
+    difference = trained.difference(here)
     if difference:
         return "mismatch", difference
-    return ("match" if stored.state.base.comparable(here) else "unknown"), None
+    return ("match" if trained.comparable(here) else "unknown"), None
 
 
 def _held(quantized: str | None) -> str:

@@ -65,9 +65,10 @@ def merge_to_folder(
     quantize = named_quantization(Path(adapter), model) if quantize is None else quantize
     _possible(model, into, quantize)
     allowed_files = {"allow_base_mismatch": allow_base_mismatch, "allow_pickle": allow_pickle}
-    found = _trained_on(model, adapter, quantize, allowed_files) if quantize != "none" else None
+    found = _trained_on(model, adapter, quantize, into, allowed_files) if quantize != "none" else None
     base = load_base(model, dtype="fp32", device=torch.device("cpu"))
-    load(base.model, adapter, name="merged", **allowed_files)
+    checked = {"allow_base_mismatch": True} if found is not None else {}  # it is the right one for the quantised base
+    load(base.model, adapter, name="merged", **{**allowed_files, **checked})
     use_kept(base.tokenizer, Path(adapter))
     ids = probe(base.model)
     ways: dict[str, Mapping[str, Tensor]] = {}
@@ -118,11 +119,16 @@ def _possible(model: str, into: str, quantize: str) -> None:
 
 
 def _trained_on(
-    model: str, adapter: str | Path, quantize: str, allowed: Mapping[str, bool]
+    model: str, adapter: str | Path, quantize: str, into: str, allowed: Mapping[str, bool]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Weights read back from the quantised base, and the logits of the adapter on it."""
     base = load_base(model, dtype="fp32", device=torch.device("cpu"), quantize=quantize)
     load(base.model, adapter, name="merged", **allowed)
+    if into == "original" and any(one.method.corrects for one in adapters(base.model, "merged").values()):
+        raise UseError(
+            "this adapter makes up for what quantising rounds off (init: loftq), the original weights would be corrected "
+            "for what they do not lack: merge with into dequantized (--into dequantized)"
+        )
     return decoded(base.model), logits(base.model, probe(base.model))
 
 

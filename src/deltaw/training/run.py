@@ -5,6 +5,7 @@ run.adapter, run.losses["held_out"]
 """
 
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import set_seed
 
 import deltaw
@@ -22,6 +25,8 @@ from deltaw.core import route
 from deltaw.core.attach import attach, detach, extract, plan_of, trainable
 from deltaw.core.errors import TrainError, UseError
 from deltaw.core.files import write_text
+from deltaw.core.host import host_of
+from deltaw.core.method import Site
 from deltaw.core.plan import TargetPlan
 from deltaw.data.collate import Collator
 from deltaw.data.kept import kept
@@ -197,7 +202,7 @@ def _attach(
     if chosen.start is None and checkpoint is None:
         plan = attach(
             base.model, chosen.method, targets=chosen.targets, exclude=chosen.exclude, layers=chosen.layers, name=NAME,
-            batches=_inputs(base, data, config.train.batch_size),
+            batches=_inputs(base, data, config.train.batch_size), weights=_originals(config),
         )  # fmt: skip
         return attach_rows(base.model, data.tokens) or plan, []
     if checkpoint is not None:  # also where it had a parent, which may be gone; the trainer asks for the base
@@ -215,6 +220,18 @@ def _inputs(base: Base, data: Prepared, size: int) -> Iterator[dict[str, Any]]:
     for first in range(0, min(len(data.encoded), FIRST_BATCHES * size), size):
         batch = collate(data.encoded[first : first + size])
         yield {key: value.to(device) for key, value in batch.items() if key != "labels"}
+
+
+def _originals(config: Config) -> Callable[[Site], Tensor] | None:
+    """The weights of a base that is quantised here, read when the first is asked for."""
+    if config.quantize == "none":
+        return None
+
+    @functools.cache
+    def whole() -> Any:
+        return load_base(config.model, dtype=config.train.dtype, device=torch.device("cpu")).model
+
+    return lambda site: host_of(whole().get_submodule(site.path), site.slot).weight
 
 
 def _scorer(config: Config, base: Base, data: Prepared, run: RunDirectory) -> Callable[[], Mapping[str, float]] | None:
