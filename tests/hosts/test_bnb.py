@@ -6,10 +6,13 @@ Every method on them is in the contract suite.
 import copy
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
+import transformers
 from bitsandbytes import functional
 from nf4_reference import code_book, dynamic_map, round_trip, scales
 from torch import Tensor, nn
@@ -246,3 +249,36 @@ def test_hosts_need_no_bitsandbytes_until_there_is_a_layer() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("options", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
+def test_a_quantised_conv1d_is_a_linear_layer_with_the_transpose(options: dict[str, Any], tmp_path: Path) -> None:
+    """transformers quantises GPT-2's Conv1D to a layer that holds [out, in]: adapters go to and fro between the two."""
+    config = transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    plain = transformers.GPT2LMHeadModel(config).eval()
+    plain.save_pretrained(tmp_path / "base")
+    kind = transformers.BitsAndBytesConfig(**options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.float32, quantization_config=kind, device_map={"": "cpu"}
+    ).eval()
+    ids = torch.randint(0, 64, (2, 9))
+    assert float((model(ids).logits - plain(ids).logits).abs().max()) < 0.3 * float(plain(ids).logits.abs().max())
+    deltaw.attach(model, deltaw.LoRA(rank=4, alpha=9.0), targets="all-linear")
+    for path, module in plain.named_modules():
+        if isinstance(module, transformers.pytorch_utils.Conv1D):
+            ours, theirs = host_of(model.get_submodule(path)).weight, host_of(module).weight
+            assert ours.shape == theirs.shape and float((ours - theirs).norm() / theirs.norm()) < 0.15
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+    deltaw.save(model, tmp_path / "adapter")
+    assert deltaw.load(plain, tmp_path / "adapter").base == "match"
+    with torch.no_grad():
+        decoded = copy.deepcopy(plain)
+        for path, module in model.named_modules():
+            if (host := host_of(module)) is not None and host.quantized:
+                host_of(decoded.get_submodule(path)).write(host.weight)
+        near = {"rtol": 1e-3, "atol": 1e-4} if "load_in_4bit" in options else {"rtol": 0.05, "atol": 0.03}
+        torch.testing.assert_close(decoded(ids).logits, model(ids).logits, **near)  # int8 rounds activations too
