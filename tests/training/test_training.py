@@ -10,13 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 import deltaw
-from deltaw.core.attach import attach
+from deltaw.core.attach import adapters, attach
 from deltaw.core.errors import DataError, TrainError, UseError
+from deltaw.core.method import Method
 from deltaw.data.collate import Collator
 from deltaw.data.dataset import encode_rows
 from deltaw.data.encode import Policy
 from deltaw.data.rows import read_rows
 from deltaw.infer.loss import SFTLoss, mean_loss
+from deltaw.methods.adalora import AdaLoRA
 from deltaw.methods.lora import LoRA
 from deltaw.models.base import load_base
 from deltaw.runs.directory import RunDirectory
@@ -97,10 +99,13 @@ def test_only_the_adapter_moves(rows: Path) -> None:
     assert all(torch.equal(after[path], p) for path, p in before.items())
 
 
-def test_a_leak_and_a_dead_adapter_are_named() -> None:
+@pytest.mark.parametrize("method", [LoRA(rank=2), AdaLoRA(rank=2)])
+def test_a_leak_and_a_dead_adapter_are_named(method: Method) -> None:
+    """A gradient from the method's own penalty is none from the loss."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    attach(model, LoRA(rank=2), targets="all-linear")
-    model[0](torch.randn(2, 4)).sum().backward()
+    attach(model, method, targets="all-linear")
+    penalty = method.penalty(list(adapters(model).values()))
+    (model[0](torch.randn(2, 4)).sum() + (0.0 if penalty is None else penalty)).backward()
     assert callbacks.check_gradients(model, "default") == ["1"]
     model[1].weight.grad = torch.ones(4, 4)
     with pytest.raises(TrainError, match=r"1\.weight is of the base and has a gradient"):

@@ -70,16 +70,25 @@ class GradientCheck(TrainerCallback):
 
 
 def check_gradients(model: nn.Module, name: str) -> list[str]:
-    """Sites whose tensors have no non-zero gradient. TrainError if base tensors have one, or if no adapter has."""
+    """Sites whose tensors have no non-zero gradient from the loss. TrainError if base tensors have one, or no adapter.
+
+    Tensors in a method's penalty have its gradient in any case, so that the others tell.
+    """
     leaks = [f"{path} is of the base and has a gradient" for path, p in base_parameters(model) if p.grad is not None]
     if leaks:
         raise faults(TrainError, "training would change the base", leaks)
-    there = adapters(model, name)
-    dead = [
-        str(site)
-        for site, adapter in there.items()
-        if not any(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters())
-    ]
+    there, penalised = adapters(model, name), set[int]()
+    for method, kind in kinds(model, name):
+        penalty = method.penalty(kind)
+        parameters = [p for adapter in kind for p in adapter.parameters()]
+        if penalty is not None:
+            found = torch.autograd.grad(penalty, parameters, allow_unused=True)
+            penalised |= {id(p) for p, grad in zip(parameters, found, strict=True) if grad is not None}
+    dead = []
+    for site, adapter in there.items():
+        telling = [p for p in adapter.parameters() if id(p) not in penalised] or list(adapter.parameters())
+        if not any(p.grad is not None and bool(p.grad.any()) for p in telling):
+            dead.append(str(site))
     if len(dead) == len(there):
         raise TrainError("no gradient reaches the adapter: are the adapted modules part of the forward pass?")
     return dead
