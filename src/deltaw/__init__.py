@@ -29,6 +29,7 @@ _WHERE = {
     "detach": "deltaw.core.attach",
     "evaluate": "deltaw.infer.evaluate",
     "extract": "deltaw.core.attach",
+    "fused": "deltaw.fusion.mlp",
     "generate": "deltaw.infer.generate",
     "insert": "deltaw.core.attach",
     "load": "deltaw.models.adapters",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from deltaw.core.plan import TargetPlan
     from deltaw.core.route import use
     from deltaw.core.state import AdapterState
+    from deltaw.fusion.mlp import fused
     from deltaw.infer.evaluate import evaluate
     from deltaw.infer.generate import generate
     from deltaw.methods.adalora import AdaLoRA

@@ -77,6 +77,8 @@ class WeightAdapter(Adapter):
         """Canonical weight with the change, pure; fp32 in and fp32 out (fp64 where the base is that)."""
         raise NotImplementedError
 
+    thin: bool = False
+    """True where forward is best done with its `factors`, [r, in] and [out, r]: hosts may then fuse it with their own."""
     added: int = 0
     """Rows that it brings to a table: its merged weight is so much larger."""
 
@@ -101,8 +103,12 @@ class WeightAdapter(Adapter):
 
     def dropped(self, x: Tensor) -> Tensor:
         """Dropout on the branch's input, in training; ids have none."""
-        active = self.dropout and self.training and x.is_floating_point()
-        return F.dropout(x, self.dropout) if active else x
+        return F.dropout(x, self.dropout) if self.drops and x.is_floating_point() else x
+
+    @property
+    def drops(self) -> bool:
+        """Is dropout active now?"""
+        return bool(self.dropout) and self.training
 
     def forward(self, host: Any, call: Call, strength: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         return host.adapted(self, call, strength, *args, **kwargs)

@@ -167,7 +167,7 @@ class WeightHost(Host):
 
     @property
     def bias(self) -> "ParameterHost | None":
-        """The view of the layer's bias, [out], where it has one."""
+        """The view of the layer's bias, [out]."""
         return ParameterHost(self.module, "bias") if ParameterHost.has(self.module, "bias") else None
 
     def write(self, weight: Tensor) -> None:
@@ -178,9 +178,13 @@ class WeightHost(Host):
     def adapted(
         self, adapter: Any, call: Callable[..., Any], strength: Tensor | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """The layer's call with a WeightAdapter's change: added to its output. Override where that is too late."""
+        """The call with a WeightAdapter's change added to its output. Override where that is too late, or slow."""
         y, x = call(*args, **kwargs), args[0] if args else kwargs["input"]
         return y + (adapter.branch(self, x) if strength is None else adapter.weighted(self, x, strength))
+
+    def simple(self) -> tuple[Tensor, Tensor | None, Any] | None:
+        """(W, bias, (A, B, s) or None) where the layer now is x Wᵀ + bias + s·(x Aᵀ)Bᵀ and W frozen, else None."""
+        return None
 
     def op(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's operator with another canonical weight, without bias. Linear in `weight`."""
@@ -254,11 +258,8 @@ _FAMILIES: list[tuple[Callable[[type], bool], type[Host]]] = []  # what tells a 
 
 
 def register(*layers: type[nn.Module] | str | Callable[[type], bool]) -> Callable[[type[Host]], type[Host]]:
-    """Class decorator: this Host is the view of `layers`, given as classes, as qualified names or as what tells them.
-
-    A name ("transformers.pytorch_utils.Conv1D") needs no import of the library that owns the class. A function says of
-    a class by itself, those above it left out, whether it is one of a family.
-    """
+    """Class decorator: this Host is the view of `layers`: classes, qualified names (which need no import of the library
+    that owns the class), or functions that say of a class by itself whether it is one of a family."""
 
     def add(kind: type[Host]) -> type[Host]:
         for layer in layers:

@@ -36,6 +36,8 @@ from deltaw.methods.ranked import kaiming, unfit_rank
 
 
 class LoRAAdapter(WeightAdapter):
+    thin = True
+
     def __init__(self, spec: HostSpec, rank: int, scale: float, dropout: float = 0.0):
         super().__init__()
         kernel, stack = spec.shape[2:], () if spec.stack is None else (spec.stack,)

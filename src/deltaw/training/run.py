@@ -32,6 +32,7 @@ from deltaw.data.collate import Collator
 from deltaw.data.kept import kept
 from deltaw.data.store import lengths
 from deltaw.formats import directory
+from deltaw.fusion.mlp import fused
 from deltaw.infer.evaluate import generate_samples, measured
 from deltaw.infer.metrics import metrics
 from deltaw.infer.packing import use_packing
@@ -162,7 +163,8 @@ def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bo
         if checkpoint is not None and _was_over(run, checkpoint, steps):
             trainer.take(checkpoint)
         else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with fused(base.model):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except BaseException:
         run.withdraw()
         raise

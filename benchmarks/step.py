@@ -1,0 +1,165 @@
+"""A training step beside the frozen base and PEFT: time, and bytes kept for the backward pass.
+
+    python -m benchmarks step [--dtypes bf16,fp32] [--shapes 4x256,1x1024] [--rounds 7] [--dropout 0.05] [--sides ours,bound]
+
+Llama of 75 M parameters (hidden 768, 8 layers, random), LoRA r 16 on all linear layers, stock loss on all positions.
+    bound       the frozen base, with gradients for activations alone: what every adapter pays
+    peft        PEFT as it comes       peft_cast    with autocast_adapter_dtype=False
+    ours        deltaw                 full         all weights
+A step is forward and backward; sides take turns, each side's time is the median over rounds, given as a ratio. Bytes are
+those of distinct storages held by saved tensors, parameters left out, per token and layer. From one start, five AdamW
+steps of ours and PEFT's give equal losses, and gradients are not zero: asserted.
+"""
+
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import deltaw
+from benchmarks._common import keep, parser
+from deltaw.core.attach import adapters
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SIDES = ("bound", "ours", "peft", "peft_cast", "full")
+LAYERS, RANK, ALPHA = 8, 16, 32
+Side = tuple[nn.Module, list[nn.Parameter]]
+
+
+def base(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=12288, hidden_size=768, intermediate_size=2048, num_hidden_layers=LAYERS, num_attention_heads=12,
+        num_key_value_heads=12, max_position_embeddings=2048, tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).requires_grad_(False).train()
+
+
+def build(side: str, model: nn.Module, dropout: float) -> Side:
+    model = copy.deepcopy(model)
+    torch.manual_seed(1)
+    if side == "bound":
+        model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())  # type: ignore[operator]
+    elif side == "full":
+        model.requires_grad_(True)
+    elif side == "ours":
+        deltaw.attach(model, deltaw.LoRA(rank=RANK, alpha=ALPHA, dropout=dropout), targets="all-linear")
+    else:
+        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear")
+        model = peft.get_peft_model(model, config, autocast_adapter_dtype=side == "peft")  # type: ignore[arg-type, assignment]
+    return model, [p for p in model.parameters() if p.requires_grad]
+
+
+def same_start(ours: nn.Module, theirs: nn.Module) -> None:
+    """PEFT's A from ours; B is zero on both sides."""
+    there = dict(theirs.named_modules())
+    for site, adapter in adapters(ours).items():
+        a: Any = adapter.get_parameter("lora_A")
+        there[f"base_model.model.{site.path}"].lora_A["default"].weight.data.copy_(a.data)  # type: ignore[index, union-attr, operator]
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
+
+
+def step(side: Side, ids: Tensor) -> float:
+    model, parameters = side
+    began = time.perf_counter()
+    loss_of(model, ids).backward()
+    seconds = time.perf_counter() - began
+    for parameter in parameters:
+        parameter.grad = None
+    return seconds
+
+
+def saved_bytes(side: Side, ids: Tensor) -> float:
+    """Per token and layer, of what autograd keeps between forward and backward."""
+    model, _ = side
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.get_base_model().model if hasattr(model, "get_base_model") else model.model  # type: ignore[operator, union-attr]
+        output = hidden(input_ids=ids).last_hidden_state  # type: ignore[operator]
+    del output
+    return sum(found.values()) / ids.numel() / LAYERS
+
+
+def losses(side: Side, ids: Sequence[Tensor]) -> list[float]:
+    """Five steps of AdamW; a gradient that is not zero."""
+    model, parameters = side
+    before = [p.detach().clone() for p in parameters]
+    optimizer, found = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0), []
+    for batch in ids:
+        loss = loss_of(model, batch)
+        loss.backward()
+        norm = sum(float(p.grad.float().square().sum()) for p in parameters if p.grad is not None)
+        assert norm > 0, "no gradient"
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    with torch.no_grad():
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+    return found
+
+
+def compare(
+    model: nn.Module, sides: Sequence[str], rows: int, length: int, rounds: int, dropout: float
+) -> dict[str, Any]:
+    batches = list(torch.randint(0, 12288, (5, rows, length), generator=torch.Generator().manual_seed(0)))
+    built = {side: build(side, model, dropout) for side in sides}
+    for side in ("peft", "peft_cast"):
+        if side in built and "ours" in built:
+            same_start(built["ours"][0], built[side][0])
+    result: dict[str, Any] = {"saved_bytes": {side: round(saved_bytes(built[side], batches[0])) for side in sides}}
+    if not dropout and {"ours", "peft"} <= set(sides):
+        ours, theirs = (losses(built[side], batches) for side in ("ours", "peft"))
+        result["loss_difference"] = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        assert result["loss_difference"] < (2e-2 if model.dtype == torch.bfloat16 else 1e-4), (ours, theirs)
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(rounds + 1):
+        for side in sides if number % 2 else sides[::-1]:
+            gc.collect()
+            times[side].append(step(built[side], batches[0]))
+    middle = {side: statistics.median(values[1:]) for side, values in times.items()}
+    result["seconds"] = {side: round(seconds, 4) for side, seconds in middle.items()}
+    result["ratios"] = {
+        f"ours / {other}": round(middle["ours"] / middle[other], 3)
+        for other in sides
+        if other != "ours" and "ours" in sides
+    }
+    return result
+
+
+def main(arguments: list[str]) -> None:
+    options = parser(__doc__)
+    options.add_argument("--dtypes", default="bf16,fp32")
+    options.add_argument("--shapes", default="4x256,1x1024")
+    options.add_argument("--sides", default=",".join(SIDES))
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--dropout", type=float, default=0.0)
+    options.add_argument("--dry", action="store_true", help="print, and keep no result")
+    args = options.parse_args(arguments)
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "rounds": args.rounds, "dropout": args.dropout}
+    write: Callable[[str, dict[str, Any]], None] = (lambda _, result: print(result)) if args.dry else keep
+    for dtype in args.dtypes.split(","):
+        model = base(DTYPES[dtype])
+        for shape in args.shapes.split(","):
+            rows, length = map(int, shape.split("x"))
+            found[f"{dtype} {shape}"] = compare(model, args.sides.split(","), rows, length, args.rounds, args.dropout)
+            print(dtype, shape, found[f"{dtype} {shape}"], flush=True)
+    write("step_dropout" if args.dropout else "step", found)

@@ -1,0 +1,126 @@
+"""Gated MLPs (Llama, Mistral, Qwen, Gemma, …) that keep two tensors of [T, inner] for the backward pass instead of four.
+
+    with fused(model) as n:     y = down(act(gate(x)) ⊙ up(x)), its second half by `kernels.glu`
+        train(model)
+
+An MLP is known by its structure: two linear layers [inner, width], one [width, inner], an activation, and a forward that
+equals the formula, to the bit, on a random input. gate and up are called as modules, whatever they carry; down must be
+a plain linear layer with at most one low-rank adapter on it. Where that is not so at the moment of a call (two live
+adapters, dropout, hooks, autocast), the class's own forward runs.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.core.base import unwrapped
+from deltaw.core.carried import base_class_of, carried
+from deltaw.core.host import host_of
+from deltaw.kernels.glu import ACTIVATIONS, glu_down
+
+_KEY = "_deltaw_fused"
+
+
+class Parts(NamedTuple):
+    """Names of an MLP's first two layers, the view of its last, and its activation."""
+
+    gate: str
+    up: str
+    down: Any
+    kind: str
+
+
+class FusedMLP:
+    """Mixin in front of an MLP's class."""
+
+    unfused: ClassVar[type[nn.Module]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down, kind = self.__dict__[_KEY]
+        simple = down.simple() if torch.is_grad_enabled() else None
+        if (
+            simple is None
+            or down.module._forward_hooks
+            or down.module._forward_pre_hooks
+            or down.module._backward_hooks
+        ):
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        weight, bias, change = simple
+        return glu_down(getattr(self, gate)(x), getattr(self, up)(x), weight, bias, change, kind)
+
+
+@contextlib.contextmanager
+def fused(model: nn.Module) -> Iterator[int]:
+    """Swap the class of every MLP of `model` that allows it, and back at the end; gives their number."""
+    found = [module for module in unwrapped(model).modules() if (parts := parts_of(module)) and _swap(module, parts)]
+    try:
+        yield len(found)
+    finally:
+        for module in found:
+            module.__class__ = type(module).unfused  # type: ignore[attr-defined]
+            del module.__dict__[_KEY]
+
+
+def parts_of(module: nn.Module) -> Parts | None:
+    """The parts of a gated MLP, or None for anything else."""
+    children = dict(module.named_children())
+    linear = {name: child for name, child in children.items() if issubclass(base_class_of(child), nn.Linear)}
+    others = [child for name, child in children.items() if name not in linear]
+    if len(linear) != 3 or len(others) > 1 or carried(module) or module._parameters or "forward" in module.__dict__:
+        return None
+    act = others[0] if others else None
+    shapes: dict[str, tuple[int, int]] = {n: (c.out_features, c.in_features) for n, c in linear.items()}  # type: ignore[misc]
+    for down, (width, inner) in shapes.items():
+        first, second = (name for name in shapes if name != down)
+        if shapes[first] == shapes[second] == (inner, width) and act is not None:
+            kind = _kind(act)
+            for gate, up in ((first, second), (second, first)) if kind else ():
+                parts = Parts(gate, up, host_of(linear[down]), str(kind))
+                if _equal(module, parts, width):
+                    return parts
+    return None
+
+
+@torch.no_grad()
+def _kind(act: nn.Module) -> str | None:
+    x = torch.linspace(-4, 4, 101)
+    if any(True for _ in act.parameters()):
+        return None
+    return next((kind for kind, known in ACTIVATIONS.items() if _same(act, known.forward, x)), None)
+
+
+def _same(one: Any, other: Any, x: Tensor) -> bool:
+    return torch.equal(one(x), other(x))
+
+
+@torch.no_grad()
+def _equal(module: nn.Module, parts: Parts, width: int) -> bool:
+    """Does the module compute what the fused form does? Both on a small random input, in its own dtype."""
+    simple = parts.down.simple()
+    if simple is None or simple[0].device.type == "meta":
+        return False
+    training = module.training
+    module.eval()
+    try:
+        generator = torch.Generator().manual_seed(0)
+        weight, bias, change = simple
+        x = torch.randn(2, width, generator=generator).to(weight)
+        gate, up = (module.get_submodule(name)(x) for name in (parts.gate, parts.up))
+        return torch.equal(glu_down(gate, up, weight, bias, change, parts.kind), module(x))
+    finally:
+        module.train(training)
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _swap(module: nn.Module, parts: Parts) -> bool:
+    own = type(module)
+    if own not in _CLASSES:
+        _CLASSES[own] = type(f"Fused{own.__name__}", (FusedMLP, own), {"unfused": own, "__module__": own.__module__})
+    module.__dict__[_KEY] = parts
+    module.__class__ = _CLASSES[own]
+    return True

@@ -1,0 +1,138 @@
+"""The fused linear layer and the gated product: values, gradients of two orders, and what is kept, beside plain formulas."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import deltaw
+from deltaw.kernels.glu import ACTIVATIONS, glu_down
+from deltaw.kernels.lora import lora_add, lora_linear
+
+OUT, IN, R, S = 4, 7, 2, 1.7
+
+
+def tensors(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """x, a, b of a graph; W and bias frozen."""
+    x, a, b = (torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((3, 5, IN), (R, IN), (OUT, R)))
+    return x, a, b, torch.randn(OUT, IN, dtype=dtype), torch.randn(OUT, dtype=dtype)
+
+
+def plain(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return F.linear(x, w, bias) + scale * F.linear(F.linear(x, a), b)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_linear_layer_and_its_gradients(with_bias: bool) -> None:
+    x, a, b, w, bias = tensors()
+    given = bias if with_bias else None
+    y, expected = lora_linear(x, w, given, a, b, S), plain(x, w, given, a, b, S)
+    torch.testing.assert_close(y, expected)
+    g = torch.randn_like(y)
+    for one, other in zip(
+        torch.autograd.grad(y, (x, a, b), g), torch.autograd.grad(expected, (x, a, b), g), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(lora_add(F.linear(x, w, given), x, a, b, S), expected)
+    assert torch.autograd.gradcheck(lambda *p: lora_linear(p[0], w, given, p[1], p[2], S), (x, a, b))
+    assert torch.autograd.gradgradcheck(lambda *p: lora_linear(p[0], w, given, p[1], p[2], S), (x, a, b))
+
+
+@pytest.mark.parametrize("shape", [(IN,), (3, IN), (2, 3, 4, IN), (0, IN)])
+def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    _, a, b, w, bias = tensors()
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    y, expected = lora_linear(x, w, bias, a, b, S), plain(x, w, bias, a, b, S)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(lora_add(F.linear(x, w, bias), x, a, b, S), expected)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), a)[0], torch.autograd.grad(expected.sum(), a)[0])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_per_sample() -> None:
+    x, a, b, w, bias = (t.detach() for t in tensors())
+
+    def loss(a: Tensor, x: Tensor) -> Tensor:
+        return lora_linear(x, w, bias, a, b, S).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(a, x)
+    for number in range(3):
+        torch.testing.assert_close(each[number], torch.func.grad(loss)(a, x[number]))
+
+
+def test_masters_are_fp32_and_x_is_never_copied() -> None:
+    """A bf16 base: gradients come in fp32, and what is kept is x itself and [T, r]."""
+    torch.manual_seed(0)
+    x = torch.randn(6, IN, dtype=torch.bfloat16, requires_grad=True)
+    a, b = (torch.randn(*shape, requires_grad=True) for shape in ((R, IN), (OUT, R)))
+    w = torch.randn(OUT, IN, dtype=torch.bfloat16)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        y = lora_linear(x, w, None, a, b, torch.tensor(S))
+    inputs = {t.untyped_storage().data_ptr() for t in (x, w, a, b)}
+    assert y.dtype == torch.bfloat16
+    assert [tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in inputs] == [(6, R)]
+    y.sum().backward()
+    wide = plain(x.detach().float(), w.float(), None, a, b, S)
+    assert a.grad.dtype == b.grad.dtype == torch.float32 and x.grad.dtype == torch.bfloat16
+    for one, other in zip((a.grad, b.grad), torch.autograd.grad(wide.sum(), (a, b)), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("changed", [True, False])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_the_gated_product(kind: str, changed: bool) -> None:
+    gate, up = (torch.randn(3, 5, IN, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    _, a, b, w, bias = tensors()
+
+    def dense(gate: Tensor, up: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        p = ACTIVATIONS[kind].forward(gate) * up
+        return plain(p, w, bias, a, b, S) if changed else F.linear(p, w, bias)
+
+    def ours(gate: Tensor, up: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return glu_down(gate, up, w, bias, (a, b, S) if changed else None, kind)
+
+    given = (gate, up, a, b) if changed else (gate, up)
+    y, expected = ours(gate, up, a, b), dense(gate, up, a, b)
+    torch.testing.assert_close(y, expected)
+    g = torch.randn_like(y)
+    for one, other in zip(torch.autograd.grad(y, given, g), torch.autograd.grad(expected, given, g), strict=True):
+        torch.testing.assert_close(one, other)
+    wanted = (gate, up, a, b) if changed else (gate, up, a.detach(), b.detach())
+    assert torch.autograd.gradcheck(ours, wanted) and torch.autograd.gradgradcheck(ours, wanted)
+
+
+STRENGTHS: list[tuple[str, Callable[[nn.Module], None]]] = [
+    ("alone", lambda model: None),
+    ("half", lambda model: deltaw.use(model, {"one": 0.5}) and None),
+    ("two", lambda model: deltaw.use(model, {"one": 1.0, "two": -0.3}) and None),
+]
+
+
+@pytest.mark.parametrize(("case", "route"), STRENGTHS)
+def test_routes_through_the_kernel_are_the_merged_weights(case: str, route: Callable[[nn.Module], None]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(12, 9)), torch.randn(4, 12)
+    weight, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
+    changes = {}
+    for name in ("one", "two"):
+        deltaw.attach(model, deltaw.LoRA(rank=3, alpha=5.0), targets="0", name=name)
+        for p in model[0].adapters[name].parameters():
+            nn.init.normal_(p)
+        changes[name] = 5 / 3 * model[0].adapters[name]["weight"].lora_B @ model[0].adapters[name]["weight"].lora_A
+    deltaw.use(model, "one")
+    route(model)
+    strengths = {"alone": (1.0, 0.0), "half": (0.5, 0.0), "two": (1.0, -0.3)}[case]
+    whole = weight + strengths[0] * changes["one"] + strengths[1] * changes["two"]
+    torch.testing.assert_close(model(x), F.linear(x, whole, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_that_is_trained_too_gets_its_gradient() -> None:
+    """The kernel holds W frozen: where someone unfreezes it, the plain way is taken."""
+    model, x = nn.Sequential(nn.Linear(12, 9)), torch.randn(4, 12)
+    deltaw.attach(model, deltaw.LoRA(rank=3), targets="0")
+    model[0].weight.requires_grad_(True)
+    model(x).sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, x.sum(0).expand(9, 12))
