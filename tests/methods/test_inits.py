@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.attach import adapters, attach, detach, extract, insert
-from deltaw.core.errors import ConfigError, TargetError, UseError
+from deltaw.core.errors import BaseMismatchError, ConfigError, TargetError, UseError
 from deltaw.core.host import host_of
 from deltaw.core.merge import merge
 from deltaw.core.method import Site
@@ -23,7 +23,7 @@ from deltaw.methods.dora import DoRA
 from deltaw.methods.eva import PCA
 from deltaw.methods.inits import olora, pissa
 from deltaw.methods.lora import LoRA
-from deltaw.mixing import exact
+from deltaw.mixing import exact, to_lora
 from deltaw.models.adapters import load, save
 
 HERE = Site("0")
@@ -241,6 +241,36 @@ def test_a_mix_with_loftq_remains_one_of_the_quantised_base() -> None:
     assert exact(states, [1.0, 0.5]).methods[HERE].corrects and not exact(states[1:], [2.0]).methods[HERE].corrects
 
 
+def test_what_is_made_of_a_loftq_adapter_stays_on_its_base(tmp_path: Path) -> None:
+    """Cut by SVD, mixed in either order: refused on the unquantised base; adapters of two quantisations do not mix."""
+    weight, states = torch.randn(48, 128) / 11, {}
+    plain = nn.Sequential(nn.Linear(128, 48, bias=False))
+    plain[0].weight.data.copy_(weight)
+    int8 = nn.Sequential(bitsandbytes.nn.Linear8bitLt(128, 48, bias=False, has_fp16_weights=False))
+    int8[0].weight.data = weight.clone()
+    for name, model, init in (
+        ("nf4", quantised(weight), "loftq"),
+        ("int8", int8.to("cpu"), "loftq"),
+        ("plain", plain, "kaiming"),
+    ):
+        attach(model, LoRA(rank=4, init=init), targets="0", weights=lambda _: weight)
+        stir(model, 0.01)
+        states[name] = extract(model)
+        detach(model)
+    made = [
+        to_lora(states["nf4"], rank=2)[0],
+        *(exact([states[a], states[b]], [0.5, 1.0]) for a, b in (("nf4", "plain"), ("plain", "nf4"))),
+    ]
+    for number, state in enumerate(made):
+        assert state.base is not None and state.base.quantized == "nf4-double"
+        directory.write(state, tmp_path / str(number))
+        with pytest.raises(BaseMismatchError, match="its base is in nf4-double, this one is unquantised"):
+            load(plain, tmp_path / str(number))
+        load(quantised(weight), tmp_path / str(number))
+    with pytest.raises(UseError, match="make up for rounding to int8 and nf4-double cannot be mixed"):
+        exact([states["nf4"], states["int8"]], [1.0, 1.0])
+
+
 def test_loftq_where_it_cannot_be() -> None:
     weight = torch.randn(48, 128)
     with pytest.raises(UseError, match=r"^0: init: loftq makes up for rounding, and this layer is not quantised"):
@@ -260,6 +290,19 @@ def test_loftq_where_it_cannot_be() -> None:
 
 
 # EVA
+
+
+def test_eva_looks_at_the_base_and_not_at_what_else_is_live() -> None:
+    x = torch.randn(64, 20)
+    model, first = net(), []
+    for name in ("alone", "beside"):
+        attach(model, LoRA(rank=2, init="eva"), targets="2", name=name, batches=[x])
+        first.append(adapters(model, name)[Site("2")].lora_A.detach().clone())
+        if name == "alone":
+            attach(model, LoRA(rank=4), targets="0", name="other")
+            for parameter in adapters(model, "other")[HERE].parameters():
+                nn.init.normal_(parameter, std=3.0)
+    torch.testing.assert_close(*first)
 
 
 class Siblings(nn.Module):

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import deltaw
+from deltaw.analysis.norms import norms
 from deltaw.core.adapter import WeightAdapter
 from deltaw.core.attach import attach, detach, extract, insert
 from deltaw.core.errors import DeltawError, UseError
@@ -203,3 +204,36 @@ def test_files_that_do_not_tell_the_shape_of_the_layer() -> None:
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
     with pytest.raises(UseError, match=r"0: the files of this oft do not tell the layer's shape: give the model"):
         to_lora(without, rank=16)
+
+
+@pytest.mark.parametrize("rank", [None, 1, 2])
+def test_stacks_of_experts_are_cut_expert_by_expert(rank: int | None) -> None:
+    spec, site = HostSpec((6, 5), stack=3), Site("experts", "down_proj")
+    method = LoRA(rank=3, alpha=2.0)
+    tensors = {"lora_A": torch.randn(3, 3, 5), "lora_B": torch.randn(3, 6, 3)}
+    state = AdapterState({site: method}, {site: tensors}, {site: spec})
+    made, report = to_lora(state, rank=rank)
+    whole, cut = (delta(s, site, torch.zeros(3, 6, 5)) for s in (state, made))
+    if rank is None:
+        torch.testing.assert_close(cut, whole)
+        return
+    values = torch.linalg.svdvals(whole)
+    lost = float(values[:, rank:].square().sum().sqrt())
+    assert float((whole - cut).norm()) == pytest.approx(lost, rel=1e-4)
+    assert report.sites[site].error == pytest.approx(lost / float(whole.norm()), rel=1e-4)
+    assert made.methods[site].rank == rank
+
+
+def test_vera_is_exact_and_has_a_norm() -> None:
+    """Its factors are drawn and not saved: the shape of the layer is enough to have them again."""
+    model = nn.Sequential(nn.Linear(8, 6))
+    attach(model, get("vera")(rank=3), targets="0")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    state, before = extract(model), torch.get_rng_state()
+    change = delta(state, "0", torch.zeros(6, 8))
+    made, report = to_lora(state)
+    assert [one.how for one in report.sites.values()] == ["exact"] and torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(delta(made, "0", torch.zeros(6, 8)), change, rtol=1e-5, atol=1e-6)
+    assert norms(state)[Site("0")] == pytest.approx(float(change.norm()), rel=1e-5)

@@ -56,7 +56,8 @@ def attach(
     plan = planning.plan(model, method, targets, exclude=exclude, layers=layers)
     guards.admit(model, name, {target.site: target.method for target in plan.targets})
     sites = {target.site: (target.method, target.spec) for target in plan.targets}
-    first = method.prepare(model, sites, Given(batches=batches, weights=weights))
+    with route.use(model, name if name in route.names(model) else {}):  # what will be live with the new ones
+        first = method.prepare(model, sites, Given(batches=batches, weights=weights))
     plan = planning.replaced(plan, {site: prepared for site, (prepared, _) in first.items()})
     built = []
     for target in plan.targets:  # all of them before the first is placed

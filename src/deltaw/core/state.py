@@ -42,7 +42,8 @@ class AdapterState:
         """The change at `site` as low-rank factors, where it is exactly that."""
         method, stack = self.methods[site], _stack(self, site)
         if stack is None:
-            return method.factors(self.tensors[site])
+            own = method.factors(self.tensors[site])
+            return own if own is not None or site not in self.specs else _factors(self, site)
         each = [method.factors(tensors) for tensors in _each(self.tensors[site], stack)]
         found = [factors for factors in each if factors is not None]
         if len(found) < stack:
@@ -84,7 +85,6 @@ def combine(states: Sequence[AdapterState], weights: Sequence[float]) -> Adapter
     wrong = [w for w in weights if isinstance(w, bool) or not isinstance(w, int | float) or not math.isfinite(w)]
     if wrong:
         raise UseError(f"weights must be finite numbers, not {', '.join(map(repr, wrong))}")
-    _same_base(states)
     methods: dict[Site, Method] = {}
     tensors: dict[Site, Mapping[str, Tensor]] = {}
     found: list[str] = []
@@ -110,7 +110,7 @@ def combine(states: Sequence[AdapterState], weights: Sequence[float]) -> Adapter
     if found:
         raise faults(UseError, "these adapters cannot be mixed exactly", found)
     specs = {site: spec for state in reversed(states) for site, spec in state.specs.items()}
-    return AdapterState(methods, tensors, specs, base=next((s.base for s in states if s.base), None), meta={})
+    return AdapterState(methods, tensors, specs, base=_same_base(states), meta={})
 
 
 def _mixed(parts: Sequence[Part], stack: int | None) -> tuple[Method, Mapping[str, Tensor]]:
@@ -131,12 +131,18 @@ def _each(tensors: Mapping[str, Tensor], stack: int) -> list[dict[str, Tensor]]:
     return [{name: tensor[e] for name, tensor in tensors.items()} for e in range(stack)]
 
 
-def _same_base(states: Sequence[AdapterState]) -> None:
+def _same_base(states: Sequence[AdapterState]) -> BaseIdentity | None:
+    """The base of all states: where one of them makes up for rounding (`Method.corrects`), as that one holds it."""
     bases = [state.base for state in states if state.base is not None]
     for other in bases[1:]:
         difference = bases[0].difference(other)
         if difference:
             raise UseError(f"adapters of two different bases cannot be mixed: {difference}")
+    bound = [s.base for s in states if s.base is not None and any(method.corrects for method in s.methods.values())]
+    if len({base.quantized for base in bound}) > 1:
+        kinds = " and ".join(sorted(str(base.quantized) for base in bound))
+        raise UseError(f"adapters that make up for rounding to {kinds} cannot be mixed: each belongs to its own base")
+    return next(iter([*bound, *bases]), None)
 
 
 def misfit(method: Method, tensors: Mapping[str, Tensor], spec: HostSpec) -> str | None:
@@ -171,13 +177,26 @@ def delta(state: AdapterState, path: Site | str, weight: Tensor) -> Tensor:
     reason = None if site in state.specs else misfit(state.methods[site], state.tensors[site], spec)
     if reason:
         raise UseError(f"{site}: {reason}")
-    adapter = state.methods[site].build(spec)
-    if not isinstance(adapter, WeightAdapter):
-        raise UseError(f"{site}: {state.methods[site].name} has no ΔW, its change cannot be written into a weight")
-    adapter.load_state_dict(dict(state.tensors[site]))
+    adapter = _built(state, site, spec)
     full = weight.float()
     with torch.no_grad():
         merged = adapter.merged(full)
     if merged.shape != full.shape:
         raise UseError(f"{site}: it brings rows that the weight does not have, there is no ΔW of its shape")
     return merged - full
+
+
+def _factors(state: AdapterState, site: Site) -> Factors | None:
+    """Of a method whose factors the tensors alone do not tell (VeRA)."""
+    method = state.methods[site]
+    return _built(state, site).factors() if method.host is WeightHost and not method.follows_ties else None
+
+
+def _built(state: AdapterState, site: Site, spec: HostSpec | None = None) -> WeightAdapter:
+    """The adapter of a site by itself; the random numbers that it would start from are nobody's."""
+    with torch.random.fork_rng(devices=[]):
+        adapter = state.methods[site].build(spec or state.specs[site])
+    if not isinstance(adapter, WeightAdapter):
+        raise UseError(f"{site}: {state.methods[site].name} has no ΔW, its change cannot be written into a weight")
+    adapter.load_state_dict(dict(state.tensors[site]))
+    return adapter.requires_grad_(False)

@@ -281,8 +281,12 @@ class LoRA(Method):
         a = torch.cat([tensors["lora_A"].float() for _, tensors, _ in ends])
         b = torch.cat([s * tensors["lora_B"].float() for s, (_, tensors, _) in zip(scales, ends, strict=True)], dim=1)
         a, b = within(a, b)
-        init: Any = "loftq" if any(method.corrects for method, _, _ in parts) else "kaiming"
-        return LoRA(rank=a.shape[0], alpha=float(a.shape[0]), init=init), {"lora_A": a, "lora_B": b}
+        return plain(a.shape[0], corrects=any(method.corrects for method, _, _ in parts)), {"lora_A": a, "lora_B": b}
+
+
+def plain(rank: int, alpha: float | None = None, corrects: bool = False) -> LoRA:
+    """A LoRA made of others, of scale 1 by default; init only says to which base it belongs (`Method.corrects`)."""
+    return LoRA(rank=rank, alpha=float(alpha or rank), init="loftq" if corrects else "kaiming")
 
 
 def _positive(value: Any) -> bool:

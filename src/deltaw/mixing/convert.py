@@ -19,7 +19,7 @@ from deltaw.core.method import Method, Site
 from deltaw.core.state import AdapterState, delta
 from deltaw.core.text import columns
 from deltaw.methods.full import Full
-from deltaw.methods.lora import LoRA
+from deltaw.methods.lora import LoRA, plain
 
 Weights = nn.Module | Callable[[str], Tensor] | Mapping[str, Tensor]
 
@@ -87,28 +87,27 @@ def _site(
     if _is_kept(method):
         return method, group, Converted("kept", 0, 0.0)
     spec = state.specs[site]
-    plain, kept = method.finished(group)
-    factors = plain.factors(kept)
+    now, kept = method.finished(group)
+    factors = state.factors(site)
     if factors is not None and (rank is None or _rank(factors) <= rank):
-        if type(plain) is LoRA:
-            return plain, kept, Converted("exact", plain.rank or 0, 0.0)
+        if type(now) is LoRA:
+            return now, kept, Converted("exact", now.rank or 0, 0.0)
         a, b, scale = _without_zeros(factors)
-        lora = LoRA(rank=len(a), alpha=scale * len(a)) if scale > 0 else LoRA(rank=len(a), alpha=float(len(a)))
+        lora = plain(len(a), scale * len(a) if scale > 0 else None, method.corrects)
         return lora, _shaped(a, b if scale > 0 else scale * b, spec), Converted("exact", len(a), 0.0)
-    if factors is None and rank is None:
+    if rank is None:
         raise UseError(f"the change of {method.name} has no low-rank factors: give the rank to cut it at")
-    assert rank is not None
     if factors is not None:
         u, s, vt = _svd_of(factors)
     else:
         u, s, vt = torch.linalg.svd(_change(state, site, weights).flatten(1), full_matrices=False)
-    size = min(rank, len(s))
-    root = s[:size].sqrt()
+    size = min(rank, s.shape[-1])
+    root = s[..., :size].sqrt()  # [r], or [E, r] of a stack
     whole = float(s.double().square().sum())
-    lost = float(s[size:].double().square().sum())
-    lora = LoRA(rank=size, alpha=float(size))
+    lost = float(s[..., size:].double().square().sum())
     error = (lost / whole) ** 0.5 if whole else 0.0
-    return lora, _shaped(root[:, None] * vt[:size], u[:, :size] * root, spec), Converted("svd", size, error)
+    a, b = root.unsqueeze(-1) * vt[..., :size, :], u[..., :size] * root.unsqueeze(-2)
+    return plain(size, corrects=method.corrects), _shaped(a, b, spec), Converted("svd", size, error)
 
 
 def _is_kept(method: Method) -> bool:
@@ -147,26 +146,30 @@ def _beside(state: AdapterState, site: Site, weights: Weights | None) -> dict[Si
 def _without_zeros(factors: Factors) -> Factors:
     """Only the components that contribute, at least one."""
     a, b, scale = factors
+    if a.ndim > 2:
+        return factors
     there = (a != 0).any(1) & (b != 0).any(0)
     there[0] |= not bool(there.any())
     return Factors(a[there], b[:, there], scale)
 
 
 def _rank(factors: Factors) -> int:
-    return len(_without_zeros(factors).a)
+    return _without_zeros(factors).a.shape[-2]
 
 
 def _svd_of(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of s·B·A without forming it, by a QR of each factor."""
+    """The SVD of s·B·A without forming it, by a QR of each factor; of every weight of a stack by itself."""
     a, b, scale = factors
     q, r = torch.linalg.qr(b)
-    p, t = torch.linalg.qr(a.T)
-    u, s, vt = torch.linalg.svd(scale * r @ t.T, full_matrices=False)
-    return q @ u, s, vt @ p.T
+    p, t = torch.linalg.qr(a.mT)
+    u, s, vt = torch.linalg.svd(scale * r @ t.mT, full_matrices=False)
+    return q @ u, s, vt @ p.mT
 
 
 def _shaped(a: Tensor, b: Tensor, spec: HostSpec) -> dict[str, Tensor]:
-    """[r, fan_in] and [out, r] in the layout of a LoRA on this layer."""
+    """[r, fan_in] and [out, r] in the layout of a LoRA on this layer; those of a stack are so already."""
+    if spec.stack is not None:
+        return {"lora_A": a.contiguous(), "lora_B": b.contiguous()}
     kernel = spec.shape[2:]
     return {
         "lora_A": a.reshape(len(a), spec.shape[1], *kernel).contiguous(),
