@@ -16,11 +16,16 @@ _WHERE = {
     "AdaLoRA": "deltaw.methods.adalora",
     "AdapterState": "deltaw.core.state",
     "BOFT": "deltaw.methods.boft",
+    "Bottleneck": "deltaw.methods.bottleneck",
     "DeltawError": "deltaw.core.errors",
     "DoRA": "deltaw.methods.dora",
     "Full": "deltaw.methods.full",
     "IA3": "deltaw.methods.ia3",
+    "LlamaAdapter": "deltaw.methods.llama_adapter",
+    "LoHa": "deltaw.methods.loha",
+    "LoKr": "deltaw.methods.lokr",
     "LoRA": "deltaw.methods.lora",
+    "MoRA": "deltaw.methods.mora",
     "OFT": "deltaw.methods.oft",
     "TargetPlan": "deltaw.core.plan",
     "TokenRows": "deltaw.methods.token_rows",
@@ -60,10 +65,15 @@ if TYPE_CHECKING:
     from deltaw.infer.generate import generate
     from deltaw.methods.adalora import AdaLoRA
     from deltaw.methods.boft import BOFT
+    from deltaw.methods.bottleneck import Bottleneck
     from deltaw.methods.dora import DoRA
     from deltaw.methods.full import Full
     from deltaw.methods.ia3 import IA3
+    from deltaw.methods.llama_adapter import LlamaAdapter
+    from deltaw.methods.loha import LoHa
+    from deltaw.methods.lokr import LoKr
     from deltaw.methods.lora import LoRA
+    from deltaw.methods.mora import MoRA
     from deltaw.methods.oft import OFT
     from deltaw.methods.token_rows import TokenRows
     from deltaw.methods.vera import VeRA

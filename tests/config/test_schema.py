@@ -55,6 +55,14 @@ def test_round_trip_with_everything_set() -> None:
         ({"data": {"train": "x", "pattern": "a"}}, ["data.pattern='a'", "no named groups"]),
         ({"data": {"train": [{"path": "x", "wieght": 2}]}}, ["data.train[0].wieght", "did you mean 'weight'"]),
         ({"data": {"train": {"path": "x", "weight": 0}}}, ["data.train.weight=0.0", "above 0"]),
+        ({"adapter": {"r": 8}}, ["no key 'adapter.r'; here it is called 'adapter.rank'"]),
+        ({"adapter": {"lora_dropout": 0.1}}, ["here it is called 'adapter.dropout'"]),
+        ({"learning_rate": 1}, ["it belongs to its section: 'train.learning_rate'"]),
+        ({"train": {"cutoff_len": 9}}, ["it belongs to its section: 'data.max_length'"]),
+        (
+            {"trian": {}, "train": {"batch_size": 0, "clip": -1, "x": 1}, "adapter": {"dropout": 2}},
+            ["5 faults", "'trian'", "train.batch_size=0", "train.clip=-1", "train.x", "dropout=2"],
+        ),
         ({"data": {"train": "x", "turns": "first"}}, ["data.turns='first'", "'last'"]),
     ],
 )

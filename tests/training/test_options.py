@@ -154,7 +154,7 @@ def test_a_template_stays_with_its_adapter(rows: Path, tmp_path: Path) -> None:
 
 
 def test_reporters_that_are_not_there(rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(UseError, match=r"train\.report_to: 'tensorbored' is not installed or unknown"):
+    with pytest.raises(UseError, match=r"train\.report_to: no logger 'tensorbored'; did you mean 'tensorboard'"):
         deltaw.train(config(rows, tmp_path / "run", report_to=["tensorbored"]), quiet=True)
     assert not (tmp_path / "run").exists()
 

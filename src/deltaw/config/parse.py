@@ -20,6 +20,16 @@ from deltaw.core.errors import ConfigError, did_you_mean, faults
 from deltaw.core.method import Method, get
 
 SECTIONS: dict[str, type] = {"data": DataConfig, "train": TrainConfig}
+OTHER_NAMES: Mapping[str, str] = {
+    "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
+    "target_modules": "targets", "lora_target": "targets", "use_rslora": "rslora", "init_lora_weights": "init",
+    "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "gradient_accumulation",
+    "lr": "learning_rate", "lr_scheduler_type": "schedule", "warmup_ratio": "warmup", "max_grad_norm": "clip",
+    "cutoff_len": "max_length", "max_seq_length": "max_length", "model_name_or_path": "model", "output_dir": "output",
+    "dataset": "train", "val_size": "eval", "logging_steps": "log_every", "save_steps": "save_every", "eval_steps": "eval_every",
+    "quantization_bit": "quantize",
+}  # fmt: skip
+"""What PEFT, transformers and LLaMA-Factory call our fields: for hints alone, none of these is read."""
 
 
 def parse(record: Any) -> Config:
@@ -40,9 +50,10 @@ def parse(record: Any) -> Config:
     values = _values(Config, whole, "", found, [*SECTIONS, "adapter"])
     if "model" not in whole:
         found.append("model is missing")
-    if not found:
-        config = Config(**{**values, **{key: section for key, section in sections.items() if section is not None}})
-        found += _impossible(config)
+    # with defaults in the place of what is wrong, so that all faults are said together
+    made = {"data": DataConfig(train="?"), **{key: section for key, section in sections.items() if section is not None}}
+    config = Config(**{"model": "?", **values, **made})
+    found += _impossible(config)
     if found:
         raise faults(ConfigError, "configuration", list(dict.fromkeys(found)))
     return config
@@ -89,11 +100,10 @@ def _section(cls: type, record: Any, prefix: str, found: list[str], others: Coll
     if not isinstance(record, Mapping):
         found.append(f"{prefix[:-1]}={record!r} must be a section with {', '.join(f.name for f in fields[:4])}, …")
         return None
-    before = len(found)
     values = _values(cls, record, prefix, found, others)
     needed = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     found += [f"{prefix}{name} is missing" for name in needed if name not in record]
-    if len(found) > before:
+    if any(name not in values for name in needed):
         return None
     try:
         return cls(**values)
@@ -110,7 +120,7 @@ def _values(
     names = [f.name for f in dataclasses.fields(cls)]
     for key, value in record.items():
         if key not in names:
-            found.append(f"no key {prefix + str(key)!r}{did_you_mean(str(key), [*names, *others])}")
+            found.append(f"no key {prefix + str(key)!r}{_meant(str(key), prefix, [*names, *others])}")
             continue
         kinds = _kinds(hints[key])
         if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
@@ -128,6 +138,21 @@ def _values(
             said = dict.fromkeys(fault["msg"][0].lower() + fault["msg"][1:] for fault in error.errors())
             found.append(f"{prefix}{key}={value!r}: {', or '.join(said).replace(', or input should be', ', or')}")
     return values
+
+
+def _meant(key: str, prefix: str, here: Sequence[str]) -> str:
+    """A hint for an unknown key: near names here, what other tools call a field of ours, the section it belongs to."""
+    ours = OTHER_NAMES.get(key)
+    if ours in here:
+        return f"; here it is called {prefix + ours!r}"
+    near = did_you_mean(key, here)
+    fields = {
+        name: [f.name for f in dataclasses.fields(cls)] for name, cls in {**SECTIONS, "adapter": AdapterConfig}.items()
+    }
+    homes = [
+        f"{name}.{ours or key}" for name, inside in fields.items() if (ours or key) in inside and f"{name}." != prefix
+    ]
+    return f"; it belongs to its section: {homes[0]!r}" if homes and not near else near
 
 
 def _kinds(hint: Any) -> set[Any]:

@@ -45,17 +45,16 @@ class BaseIdentity:
     """How its weights are quantised ("nf4", …), where they are."""
 
     def difference(self, other: "BaseIdentity") -> str | None:
-        """What tells the two bases apart, as a clause; None where all that can be compared agrees."""
+        """What tells this base ("there") from the other ("here"), as a clause; None where all that can be compared agrees."""
         common = sorted(self.samples.keys() & other.samples.keys())
         if self.samples and other.samples and not common:
             return f"they share no parameter name ({self.layer} {self.name!r} and {other.layer} {other.name!r})"
-        for path in common:
-            mine, theirs = self.samples[path], other.samples[path]
-            if mine.shape != theirs.shape:
-                return f"{path} has shape {_x(mine.shape)} in {self.name!r} and {_x(theirs.shape)} in {other.name!r}"
-            if not _same(mine, theirs):
-                return f"the values of {path} differ from those of {self.name!r}, though the shapes agree"
-        return None
+        shapes = {path: (self.samples[path].shape, other.samples[path].shape) for path in common}
+        apart = [f"{path} is {_x(a)} there and {_x(b)} here" for path, (a, b) in shapes.items() if a != b]
+        if apart:
+            return ", ".join(apart[:3])
+        values = [path for path in common if not _same(self.samples[path], other.samples[path])]
+        return f"the shapes agree and the values of {', '.join(values[:3])} do not" if values else None
 
     def comparable(self, other: "BaseIdentity") -> bool:
         """False where nothing can be compared: the answer is then 'unknown'."""

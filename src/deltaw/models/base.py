@@ -45,12 +45,24 @@ def resolve(name: str) -> str:
             )
         inside = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
         raise FileError(f"{name!r} is not a model folder: no config.json in it (it holds {inside})")
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if (
+        folder.is_absolute()
+        or name.startswith((".", "~"))
+        or name.count("/") > 1
+        or not (named_hub(name) or "/" in name)
+    ):
         near = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise FileError(
-            f"no base {name!r}: not a folder, not a hub id (owner/name), not 'tiny'{did_you_mean(folder.name, [*near, 'tiny'])}"
+            f"no base {name!r}: not a folder, not a hub id, not 'tiny'{did_you_mean(folder.name, [*near, 'tiny'])}"
         )
     return name
+
+
+def named_hub(name: str) -> bool:
+    """Is a name without an owner (gpt2) one that the hub's cache knows? Others would be misspelt folders."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def named_base(folder: Path) -> str | None:

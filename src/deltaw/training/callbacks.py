@@ -38,6 +38,9 @@ class Events(TrainerCallback):
     def __init__(self, run: RunDirectory):
         self.run = run
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps  # the last loss, however rare the lines
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import deltaw
 from deltaw.config import parse
@@ -88,10 +89,13 @@ def described(config: Config, base: Base, state: Any, measured: Mapping[str, Any
 
 
 def reporters(wanted: Sequence[str]) -> None:
-    """UseError for loggers that are not installed."""
-    there = get_available_reporting_integrations()
-    missing = [name for name in wanted if name not in there]
-    if missing:
+    """UseError for loggers that transformers does not know, or that are not installed."""
+    unknown = [name for name in wanted if name not in INTEGRATION_TO_CALLBACK]
+    if unknown:
+        known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
         raise UseError(
-            f"train.report_to: {missing[0]!r} is not installed or unknown{did_you_mean(missing[0], there)}: pip install it"
+            f"train.report_to: no logger {unknown[0]!r}{did_you_mean(unknown[0], INTEGRATION_TO_CALLBACK)} ({known})"
         )
+    missing = [name for name in wanted if name not in get_available_reporting_integrations()]
+    if missing:
+        raise UseError(f"train.report_to: {missing[0]!r} is not installed: pip install its package, or leave it out")
