@@ -11,6 +11,7 @@ from torch import Tensor
 
 import deltaw
 from deltaw import LoRA, TokenRows
+from deltaw.core.attach import adapters
 from deltaw.core.errors import MergeError, UseError
 from deltaw.core.state import delta
 
@@ -121,6 +122,41 @@ def test_an_adapter_on_the_same_tables_leaves_new_rows_alone(family: str) -> Non
         assert both.shape[-1] == 66
         torch.testing.assert_close(both[..., others], low[..., others], atol=1e-5, rtol=1e-5)
         assert torch.equal(row, next(iter(deltaw.extract(model).tensors.values()))["rows"][0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "tied"])
+@pytest.mark.parametrize("second", [(64, 5, 65), (64,), (5, 64, 65, 66)], ids=str)
+def test_two_adapters_with_the_same_new_tokens_add_up(family: str, second: tuple[int, ...]) -> None:
+    """As one adapter would, whose rows are the sums: of new tokens from nothing, of others from the base's row."""
+    model, strengths = tiny.model(family), {"a": 0.5, "b": 0.75}
+    for name, tokens in {"a": NEW, "b": second}.items():
+        deltaw.attach(model, TokenRows(tokens=tokens), targets=TABLES[family], name=name)
+        stir(model)
+    states = {name: deltaw.extract(model, name) for name in strengths}
+    both = tiny.model(family)
+    deltaw.attach(both, TokenRows(tokens=tuple(dict.fromkeys(NEW + second))), targets=TABLES[family])
+    for site, one in adapters(both).items():
+        table = both.get_submodule(site.path).weight
+        for place, token in enumerate(one.tokens):
+            one.rows[place] = base = table[token] if token < 64 else torch.zeros(32)
+            for name, state in states.items():
+                tokens = state.methods[site].tokens
+                if token in tokens:
+                    one.rows[place] += strengths[name] * (state.tensors[site]["rows"][tokens.index(token)] - base)
+    for route in (strengths, dict(reversed(strengths.items()))):
+        with deltaw.use(model, route):
+            torch.testing.assert_close(model(ids()).logits, both(ids()).logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                torch.compile(model.get_input_embeddings(), fullgraph=True, backend="eager")(ids()),
+                both.get_input_embeddings()(ids()),
+            )
+
+
+def test_an_id_that_nobody_has_is_an_error() -> None:
+    """It was read as row 0 once."""
+    with pytest.raises(IndexError):
+        tuned("tied")(torch.tensor([[1, 66]]))
 
 
 def test_what_has_no_place_is_refused() -> None:

@@ -3,7 +3,7 @@
 Rows are absolute values, [n, dim], as in PEFT's trainable_token_indices. y = E'[ids], and of a head the scores of these
 tokens. They are rows of the table itself: where a head is tied to it, the same rows give the scores. The base keeps its
 own table and its size; a token that is new has no row there, so strength w gives w · row, and E + ΔE needs a table that
-has grown (`deltaw merge` grows it).
+has grown (`deltaw merge` grows it). Adapters with the same new tokens add up: 0.5·row + 0.5·row.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, Call, WeightAdapter
+from deltaw.core.carried import here
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, register
 
@@ -54,17 +55,28 @@ class TokenRowsAdapter(WeightAdapter):
         rows = self.rows.float() if strength is None else base + strength * (self.rows.float() - base)
         if not host.spec.lookup:  # a head: the rows give the scores of their tokens
             y = call(input, *args, **kwargs)
-            y = F.pad(y, (0, len(self.new)))
+            y = F.pad(y, (0, max(0, self.size + self.added - y.shape[-1])))  # other rows may have made room already
             before, after = (host.op(input, table.to(host.weight.dtype)).float() for table in (base, rows))  # [T, n]
             return y.index_copy(-1, tokens, (y.index_select(-1, tokens).float() + (after - before)).to(y.dtype))
-        known = torch.where(input < self.size, input, 0) if self.new else input
-        y = call(known, *args, **kwargs)
         place = input.unsqueeze(-1) == tokens  # [T, n]
+        first = self.first(host)
+        unread = place[..., first].any(-1)  # nothing inside knows these ids: it is asked for another one, and ignored
+        y = call(torch.where(unread, 0, input) if first else input, *args, **kwargs)
         row = host.op(place.int().argmax(-1), rows.T.to(y.dtype))
-        others = y - host.op(known, host.weight)
-        if self.new:  # what others add to the row that was read in place of a new one is not its own
-            others = torch.where((input < self.size).unsqueeze(-1), others, 0.0)
-        return torch.where(place.any(-1, keepdim=True), row + others, y)
+        own = host.op(input.clamp_max(self.size - 1) if self.new else input, host.weight)
+        if self.new:  # of which the base has no row
+            own = torch.where((input < self.size).unsqueeze(-1), own, 0.0)
+            y = torch.where(unread.unsqueeze(-1), 0.0, y)
+        return torch.where(place.any(-1, keepdim=True), row + (y - own), y)
+
+    def first(self, host: Any) -> list[int]:
+        """Places of the new tokens that no other rows inside of these bring as well: they must not be asked inside."""
+        inside: list[int] = []
+        for adapter, _, _ in here(host.module).live:
+            if adapter is self:
+                break
+            inside += adapter.new if isinstance(adapter, TokenRowsAdapter) else ()
+        return [place for place, token in enumerate(self.tokens) if token in self.new and token not in inside]
 
 
 @register("token_rows")
