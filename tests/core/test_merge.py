@@ -199,6 +199,30 @@ def test_token_rows_of_a_tied_table_act_in_both_places(order: list[str]) -> None
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("second", [DoRA(rank=2), Full(), TokenRows(tokens=(3, 5))], ids=lambda method: method.name)
+def test_a_merge_into_a_tied_table_asks_the_adapters_of_both_places(second: Method) -> None:
+    model = tiny.model("tied")
+    attach(model, second, targets="lm_head", name="head")
+    stir(model)
+    attach(model, TokenRows(tokens=(5, 9)), targets="embed_tokens", name="rows")
+    stir(model)
+    table = model.lm_head.weight.clone()
+    with pytest.raises(MergeError, match=r"embed_tokens\.weight: the change of 'head' depends on this weight"):
+        merge(model, "rows")
+    assert torch.equal(model.lm_head.weight, table)
+
+
+@torch.no_grad()
+def test_token_rows_attached_to_the_tied_head_merge_as_well() -> None:
+    """The embedding comes first in the model, and holds the table in another layout."""
+    model, ids = tiny.model("tied"), torch.tensor([[3, 5, 9, 5]])
+    attach(model, TokenRows(tokens=(5, 9)), targets="lm_head")
+    stir(model)
+    tuned = model(ids).logits
+    merge(model)
+    torch.testing.assert_close(model(ids).logits, tuned, atol=1e-5, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_strengths_of_the_others_survive_a_merge() -> None:
     model = adapted(LoRA(rank=2), LoRA(rank=2), LoRA(rank=2))

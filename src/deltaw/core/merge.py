@@ -47,7 +47,7 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = False) -
     guards.intact(modules, name)
     if any(name in here(module).merged for module in modules):
         raise MergeError(f"{name!r} is merged already: unmerge the model before merging it again")
-    entries = [entry for module in modules for entry in here(module).entries[name]]
+    entries = [entry for module in modules for entry in here(module).entries[name] if _own(*entry[:2])]
     work = [(adapter, host) for adapter, host, _ in {id(entry[0]): entry for entry in reversed(entries)}.values()][::-1]
     work += [pair for adapter, host in work if isinstance(adapter, WeightAdapter) for pair in adapter.beside(host)]
     found = _faults(model, name, work, keep_base)
@@ -126,7 +126,7 @@ def _faults(model: nn.Module, name: str, work: list[tuple[Adapter, Any]], keep_b
                 f"{path}: another adapter is merged here with its base kept, and unmerge would undo both: "
                 "merge with keep_base=True, or unmerge first"
             )
-        elif not keep_base and (others := _disturbed(name, host, after)):
+        elif not keep_base and (others := _disturbed(model, name, host, after)):
             found.append(
                 f"{path}: the change of {', '.join(others)} depends on this weight and would become another one: "
                 "merge with keep_base=True, or detach them first"
@@ -171,22 +171,33 @@ def _readers(model: nn.Module, parameter: Tensor) -> list[Host]:
 
 
 @torch.no_grad()
-def _disturbed(name: str, host: Any, after: Tensor) -> list[str]:
-    """Other adapters on the same weight whose ΔW would be another one on the merged weight (DoRA, trained copies)."""
+def _disturbed(model: nn.Module, name: str, host: Any, after: Tensor) -> list[str]:
+    """Other adapters whose ΔW on the stored parameter, here or in a module tied to it, would be another one on the
+    merged weight (DoRA, trained copies, a scaled bias)."""
     found = []
-    entries = here(host.module).entries
-    for adapter, other, _ in (entry for group in entries.values() for entry in group):
-        if other.slot != host.slot or adapter.name == name or not isinstance(adapter, WeightAdapter):
-            continue
-        base = wide(other.weight)
-        if adapter.added or not torch.equal(base, wide(host.weight)):  # seen in another layout: cannot tell
-            found.append(repr(adapter.name))
-            continue
-        delta = adapter.merged(base) - base
-        error = float((adapter.merged(after) - after - delta).norm())
-        if error > 1e-3 * float(delta.norm()) + 1e-5 * float(base.norm()):
-            found.append(repr(adapter.name))
-    return found
+    for reader in _readers(model, host.stored):
+        entries = [(a, h) for group in here(reader.module).entries.values() for a, h, _ in group if a.name != name]
+        pairs = [pair for a, h in entries if isinstance(a, WeightAdapter) for pair in ((a, h), *a.beside(h))]
+        pairs = [(a, h) for a, h in pairs if h.slot == reader.slot and _own(a, h)]
+        found += [repr(a.name) for a, h in pairs if not _keeps(a, h, host, after)]
+    return list(dict.fromkeys(found))
+
+
+def _own(adapter: Adapter, host: Any) -> bool:
+    """Is this the view that the adapter was made for? One that follows ties sits in modules of several layouts."""
+    return not adapter.method.follows_ties or host.spec == adapter.spec
+
+
+def _keeps(adapter: Any, other: Any, host: Any, after: Tensor) -> bool:
+    """Is an adapter's ΔW the same once `after` stands in the parameter that its own view of it, `other`, sees too?"""
+    base, merging = wide(other.weight), wide(host.weight)
+    if not torch.equal(base, merging):  # a table is the transpose of the head that is tied to it
+        after, merging = after.mT, merging.mT
+    if adapter.added or not torch.equal(base, merging):  # seen in another layout: cannot tell
+        return False
+    delta = adapter.merged(base) - base
+    error = float((adapter.merged(after) - after - delta).norm())
+    return error <= 1e-3 * float(delta.norm()) + 1e-5 * float(base.norm())
 
 
 def _storage(parameter: Tensor) -> tuple[Any, ...]:
