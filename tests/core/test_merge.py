@@ -13,6 +13,7 @@ from deltaw.core.method import Method, Site
 from deltaw.core.route import live, use
 from deltaw.methods.dora import DoRA
 from deltaw.methods.full import Full
+from deltaw.methods.ia3 import IA3
 from deltaw.methods.lora import LoRA
 from deltaw.methods.token_rows import TokenRows
 
@@ -210,6 +211,17 @@ def test_a_merge_into_a_tied_table_asks_the_adapters_of_both_places(second: Meth
     with pytest.raises(MergeError, match=r"embed_tokens\.weight: the change of 'head' depends on this weight"):
         merge(model, "rows")
     assert torch.equal(model.lm_head.weight, table)
+
+
+def test_a_merge_into_the_bias_asks_what_scales_it() -> None:
+    """IA3 sits on the weight and scales the bias too."""
+    model = nn.Sequential(nn.Linear(6, 5))
+    attach(model, IA3(), targets="0", name="scales")
+    stir(model)
+    attach(model, Full(), targets="0", name="copies")
+    adapters(model, "copies")[Site("0", "bias")].copy.data.add_(1.0)
+    with pytest.raises(MergeError, match=r"0\.bias: the change of 'scales' depends on this weight"):
+        merge(model, "copies")
 
 
 @torch.no_grad()
