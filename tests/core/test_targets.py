@@ -1,5 +1,6 @@
 """Which modules a target means, on the families people adapt; and what is said when it means none."""
 
+import dataclasses
 import re
 
 import pytest
@@ -275,6 +276,13 @@ def test_biases_and_whole_modules_are_companions() -> None:
     assert head.trainable == plain.trainable + 2 * 32 + 2
     with pytest.raises(ConfigError, match=r"modules_to_save='clasifier' matches no module .*did you mean 'classifier'"):
         plan(model, LoRA(rank=2, modules_to_save=("clasifier",)), "query")
+
+
+def test_a_plan_has_every_site_once() -> None:
+    model = tiny.model("llama")
+    once = plan(model, LORA, ["q_proj", "all-linear", "self_attn.q_proj"])
+    with pytest.raises(TargetError, match=r"self_attn\.q_proj is planned 2 times: leave all but one out"):
+        dataclasses.replace(once, targets=(*once.targets, once.targets[0]))
 
 
 def test_token_rows_leave_no_gap_after_the_vocabulary() -> None:

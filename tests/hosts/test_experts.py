@@ -500,6 +500,20 @@ class _OwnForward(MixtralExperts):
         return hidden_states @ self.gate_up_proj[0].T
 
 
+@torch.no_grad()
+def test_experts_trained_in_full_get_no_factors_as_well(tmp_path: Path) -> None:
+    """Both at one site would be one entry of a file."""
+    model = build("mixtral")
+    stir(model, targets="all-linear", modules_to_save=("experts",))
+    state, tokens = deltaw.extract(model), ids()
+    assert {m.name for site, m in state.methods.items() if site.path.endswith("experts")} == {"full"}
+    assert state.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    deltaw.save(model, tmp_path / "a")
+    again = build("mixtral")
+    deltaw.load(again, tmp_path / "a")
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
 def test_experts_of_other_kinds_are_left_out_with_a_note_or_refused() -> None:
     model = nn.Sequential(_OwnExperts(), nn.Linear(4, 4))
     planned = deltaw.attach(model, LoRA(rank=2), targets="all-linear")

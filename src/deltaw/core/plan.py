@@ -1,8 +1,10 @@
 """TargetPlan: what `attach` does, or did, as plain data that prints as a table. Made by `deltaw.core.targets`."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
+from deltaw.core.errors import TargetError, faults
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Site
 from deltaw.core.text import columns
@@ -26,6 +28,15 @@ class TargetPlan:
     targets: tuple[Target, ...]
     base_parameters: int
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # a file has one place for each site: of two adapters there, one would be lost
+        counts = Counter(target.site for target in self.targets)
+        found = [
+            f"{site} is planned {count} times: leave all but one out" for site, count in counts.items() if count > 1
+        ]
+        if found:
+            raise faults(TargetError, "a plan has every site once", found)
 
     @property
     def trainable(self) -> int:

@@ -22,91 +22,21 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from deltaw.core.base import base_modules, parameters
-from deltaw.core.carried import base_class_of
+from deltaw.core.base import parameters
 from deltaw.core.errors import TargetError, did_you_mean, faults
+from deltaw.core.facts import ModuleFact, facts
 from deltaw.core.guards import bypassed
-from deltaw.core.host import HostSpec, WeightHost, kind_of
+from deltaw.core.host import HostSpec, WeightHost
 from deltaw.core.layers import layer_index, parse_layers
 from deltaw.core.method import Method, Site
 from deltaw.core.plan import Target, TargetPlan
 
 PRESETS = ("all-linear", "attention", "mlp")
 Targets = str | Sequence[str]
-
-
-@dataclass(frozen=True)
-class ModuleFact:
-    """What planning knows of one module."""
-
-    path: str
-    layer: str
-    """Class name."""
-    lineage: tuple[str, ...]
-    """Class names of the modules above it, outermost first."""
-    slots: dict[str, HostSpec]
-    """Slots the method's protocol finds here, with their shapes; empty where the module cannot carry it."""
-    parameters: dict[str, tuple[int, ...]]
-    """Names and shapes of the parameters the module itself owns."""
-    linear: bool
-    """A linear layer, whatever the method needs of it: what presets choose among."""
-    stack: bool
-    """Experts of a kind that no view knows: a module of its own with 3-D weights."""
-    head: bool
-    """True for modules outside the model's body (language-model and classifier heads)."""
-    refusal: str | None = None
-    """Why adapters on this module would be ignored or wrong."""
-
-
-def facts(model: nn.Module, method: Method) -> list[ModuleFact]:
-    """Facts of every module of `model`, as the method's protocol sees them."""
-    body = _body(model)
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if callable(get_output) else None
-    result: list[ModuleFact] = []
-    lineage: dict[str, tuple[str, ...]] = {}
-    for path, module in base_modules(model):
-        layer = base_class_of(module)
-        above = lineage[path.rpartition(".")[0]] if path else ()
-        lineage[path] = (*above, layer.__name__) if path else (layer.__name__,)
-        own = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
-        kind = kind_of(type(module), method.host)
-        slots, refusal = dict[str, HostSpec](), None
-        if kind is not None:
-            for slot in kind.slots or own:
-                if kind.has(module, slot):
-                    host = kind(module, slot)
-                    slots[slot] = host.spec
-                    refusal = refusal or method.unstacked(host.spec) or host.fault()
-        refusal = bypassed(model, path) or refusal
-        head = module is output or (body is not None and bool(path) and path.split(".")[0] not in body)
-        kinds = (_linear(module), _unknown_stack(module))
-        result.append(ModuleFact(path, layer.__name__, lineage[path], slots, own, *kinds, head, refusal))
-    return result
-
-
-def _linear(module: nn.Module) -> bool:
-    """Does the layer apply one matrix, or one for each expert, to vectors? Tables of rows and convolutions do not."""
-    kind = kind_of(type(module))
-    specs = [kind(module, slot).spec for slot in kind.slots if kind.has(module, slot)] if kind is not None else []
-    return any(spec.linear and not spec.lookup and len(spec.shape) == 2 for spec in specs)
-
-
-def _unknown_stack(module: nn.Module) -> bool:
-    weights = [p for p in module._parameters.values() if p is not None and p.ndim == 3 and min(p.shape) > 1]
-    own = not type(module).__module__.startswith("torch.nn.")
-    return bool(weights) and own and kind_of(type(module)) is None
-
-
-def _body(model: nn.Module) -> set[str] | None:
-    """Names of the model's children that form its body, where the model tells (transformers: base_model_prefix)."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return {prefix} if prefix and isinstance(model._modules.get(prefix), nn.Module) else None
 
 
 def _in_attention(fact: ModuleFact) -> bool:
@@ -158,12 +88,44 @@ def plan(
 ) -> TargetPlan:
     """Resolve `targets` against `model` for `method`. Pure; raises TargetError with every fault found."""
     known = facts(model, method)
-    by_path = {fact.path: fact for fact in known}
-    whole = not issubclass(method.host, WeightHost)
     found: list[str] = []
     notes: list[str] = []
+    chosen = _chosen(_patterns(targets, found), known, method, found, notes)
+    chosen = _without(_patterns(exclude, found), chosen, known, found)
+    chosen = chosen if layers is None else _in_layers(layers, chosen, found)
+    found += [f"{path or 'the model itself'}: {fact.refusal}" for path, fact in chosen.items() if fact.refusal]
+    extra = method.companions({fact.path: fact.parameters for fact in known}, list(chosen))
+    sites = {
+        Site(path, slot): spec
+        for path, fact in chosen.items()
+        for slot, spec in fact.slots.items()
+        if Site(path, slot) not in extra  # trained in full
+    }
+    layer = {fact.path: fact.layer for fact in known}
+    planned = _adapted(sites, layer, method.over(sites), found)
+    found += method.unused([t.site.path for t in planned])
+    for site, companion in extra.items():
+        host = companion.host(model.get_submodule(site.path), site.slot)
+        reason = bypassed(model, site.path) or host.fault()
+        if reason:
+            found.append(f"{site}: {reason}")
+        planned.append(_target(site, layer[site.path], host.spec, companion))
+    if not planned and not found:
+        because = f": {'; '.join(notes)}" if notes else ""
+        found.append(f"{targets!r} leaves nothing to adapt{because}")
+    if found:
+        raise faults(TargetError, f"targets for {type(method).__name__}", found)
+    return TargetPlan(tuple(planned), parameters(model), tuple(notes))
+
+
+def _chosen(
+    patterns: Sequence[str], known: Sequence[ModuleFact], method: Method, found: list[str], notes: list[str]
+) -> dict[str, ModuleFact]:
+    """What the patterns choose, by path, each with the slots that are meant; faults and notes are added to the lists."""
+    whole = not issubclass(method.host, WeightHost)
+    by_path = {fact.path: fact for fact in known}
     chosen: dict[str, ModuleFact] = {}
-    for pattern in _patterns(targets, found):
+    for pattern in patterns:
         hits = [fact for fact in known if _matches(pattern, fact, whole)]
         able = _able(pattern, hits, by_path)
         able += [dataclasses.replace(fact, slots=part) for fact in known if (part := _weights(pattern, fact))]
@@ -175,16 +137,22 @@ def plan(
         if pattern in PRESETS:
             left = {fact.path: fact.refusal for fact in able if fact.refusal}
             chosen = {path: fact for path, fact in chosen.items() if path not in left}
-            stacks = [
-                fact
-                for fact in known
-                if fact.stack and _matches(pattern, dataclasses.replace(fact, linear=True), whole)
-            ]
-            left |= {
-                fact.path: f"deltaw does not know how a {fact.layer} uses its stacks of weights" for fact in stacks
-            }
-            notes += _left_out(left)
-    for pattern in _patterns(exclude, found):
+            notes += _left_out(left | _unknown_stacks(pattern, known, whole))
+    return chosen
+
+
+def _unknown_stacks(pattern: str, known: Sequence[ModuleFact], whole: bool) -> dict[str, str]:
+    """Why a preset leaves out which stacks of experts that it would have meant."""
+    stacks = [fact for fact in known if fact.stack and _matches(pattern, dataclasses.replace(fact, linear=True), whole)]
+    return {fact.path: f"deltaw does not know how a {fact.layer} uses its stacks of weights" for fact in stacks}
+
+
+def _without(
+    patterns: Sequence[str], chosen: dict[str, ModuleFact], known: Sequence[ModuleFact], found: list[str]
+) -> dict[str, ModuleFact]:
+    """What `exclude` leaves of the chosen ones."""
+    by_path = {fact.path: fact for fact in known}
+    for pattern in patterns:
         named = [fact for fact in (known if pattern in PRESETS else chosen.values()) if _matches(pattern, fact, True)]
         gone = {path: part for path, fact in chosen.items() if (part := _weights(pattern, fact))}
         gone |= {fact.path: fact.slots for fact in _able(pattern, named, by_path) if fact.path in chosen}
@@ -194,44 +162,38 @@ def plan(
             rest = {slot: spec for slot, spec in chosen[path].slots.items() if slot not in slots}
             chosen[path] = dataclasses.replace(chosen[path], slots=rest)
         chosen = {path: fact for path, fact in chosen.items() if fact.slots}
-    if layers is not None:
-        wanted = parse_layers(layers)
-        missing = wanted - {layer_index(path) for path in chosen}
-        if missing:
-            there = sorted({index for index in map(layer_index, chosen) if index is not None})
-            some = f"{sorted(missing)[:8]}{' and more' if len(missing) > 8 else ''}"
-            found.append(f"layers {some} hold no target; targets are in layers {there}")
-        chosen = {path: fact for path, fact in chosen.items() if layer_index(path) in wanted}
-    found += [f"{path or 'the model itself'}: {fact.refusal}" for path, fact in chosen.items() if fact.refusal]
+    return chosen
 
-    extra = method.companions({fact.path: fact.parameters for fact in known}, list(chosen))
+
+def _in_layers(
+    layers: str | int | Iterable[int], chosen: dict[str, ModuleFact], found: list[str]
+) -> dict[str, ModuleFact]:
+    """What is chosen in these repeated blocks."""
+    wanted = parse_layers(layers)
+    missing = wanted - {layer_index(path) for path in chosen}
+    if missing:
+        there = sorted({index for index in map(layer_index, chosen) if index is not None})
+        some = f"{sorted(missing)[:8]}{' and more' if len(missing) > 8 else ''}"
+        found.append(f"layers {some} hold no target; targets are in layers {there}")
+    return {path: fact for path, fact in chosen.items() if layer_index(path) in wanted}
+
+
+def _adapted(
+    sites: Mapping[Site, HostSpec], layer: Mapping[str, str], method: Method, found: list[str]
+) -> list[Target]:
+    """The targets of the method itself; what does not fit is a fault, said once with all modules it is true of."""
     planned: list[Target] = []
-    unfit: dict[tuple[str, str, str], list[str]] = {}  # what does not fit, with all modules it is true of
-    saved = {site.path for site in extra if site.slot == "weight"}
-    method = method.over({Site(p, slot): s for p in chosen if p not in saved for slot, s in chosen[p].slots.items()})
-    for path in [path for path in chosen if path not in saved]:
-        for slot, spec in chosen[path].slots.items():
-            reason = method.at(path, spec).unfit(spec)
-            if reason:
-                unfit.setdefault((chosen[path].layer, "×".join(map(str, spec.whole)), reason), []).append(path)
-            else:
-                planned.append(_target(Site(path, slot), chosen[path].layer, spec, method))
-    for (layer, shape, reason), paths in unfit.items():
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        found.append(f"{paths[0] or 'the model itself'}{more} ({layer} {shape}): {reason}")
-    found += method.unused([t.site.path for t in planned])
-    for site, companion in extra.items():
-        host = companion.host(model.get_submodule(site.path), site.slot)
-        reason = bypassed(model, site.path) or host.fault()
+    unfit: dict[tuple[str, str, str], list[str]] = {}
+    for site, spec in sites.items():
+        reason = method.at(site.path, spec).unfit(spec)
         if reason:
-            found.append(f"{site}: {reason}")
-        planned.append(_target(site, by_path[site.path].layer, host.spec, companion))
-    if not planned and not found:
-        because = f": {'; '.join(notes)}" if notes else ""
-        found.append(f"{targets!r} leaves nothing to adapt{because}")
-    if found:
-        raise faults(TargetError, f"targets for {type(method).__name__}", found)
-    return TargetPlan(tuple(planned), parameters(model), tuple(notes))
+            unfit.setdefault((layer[site.path], "×".join(map(str, spec.whole)), reason), []).append(site.path)
+        else:
+            planned.append(_target(site, layer[site.path], spec, method))
+    for (kind, shape, reason), paths in unfit.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        found.append(f"{paths[0] or 'the model itself'}{more} ({kind} {shape}): {reason}")
+    return planned
 
 
 def _left_out(reasons: Mapping[str, str]) -> list[str]:
