@@ -179,6 +179,9 @@ def test_the_attention_of_torch_is_refused_by_name_and_left_out_of_presets() -> 
             plan(model, method, "out_proj")
     with pytest.raises(TargetError, match=sentence):
         plan(model, LoRA(rank=2, bias="all"), "linear1")
+    for both in (["out_proj", "all-linear"], ["all-linear", "out_proj"]):  # a preset leaves out what it took itself
+        with pytest.raises(TargetError, match=sentence):
+            plan(model, LORA, both)
     chosen = plan(model, LORA, "all-linear")
     assert chosen.paths == ["linear1", "linear2"]
     assert chosen.notes == (f"left out self_attn.out_proj: {sentence}",) and chosen.notes[0] in str(chosen)

@@ -125,6 +125,7 @@ def _chosen(
     whole = not issubclass(method.host, WeightHost)
     by_path = {fact.path: fact for fact in known}
     chosen: dict[str, ModuleFact] = {}
+    asked: set[str] = set()  # by name: never left out, whatever else a preset leaves out
     for pattern in patterns:
         hits = [fact for fact in known if _matches(pattern, fact, whole)]
         able = _able(pattern, hits, by_path)
@@ -135,9 +136,11 @@ def _chosen(
             others = chosen[fact.path].slots if fact.path in chosen else {}
             chosen[fact.path] = dataclasses.replace(fact, slots=fact.slots | others)
         if pattern in PRESETS:
-            left = {fact.path: fact.refusal for fact in able if fact.refusal}
+            left = {fact.path: fact.refusal for fact in able if fact.refusal and fact.path not in asked}
             chosen = {path: fact for path, fact in chosen.items() if path not in left}
             notes += _left_out(left | _unknown_stacks(pattern, known, whole))
+        else:
+            asked |= {fact.path for fact in able}
     return chosen
 
 
