@@ -208,7 +208,7 @@ def test_token_rows_refuse_a_reader_they_cannot_act_in() -> None:
             return x @ self.weight.T
 
     model = Tied(kind=Strange)
-    with pytest.raises(UseError, match=r"tied to the weight of a Strange, where token_rows cannot act"):
+    with pytest.raises(TargetError, match=r"tied to the weight of a Strange, where token_rows cannot act"):
         attach(model, TokenRows(tokens=(1,)), targets="emb")
     assert type(model.emb) is nn.Embedding
 

@@ -26,6 +26,7 @@ from deltaw.core.state import AdapterState
 from deltaw.infer.loss import SFTLoss
 from deltaw.methods.full import Full
 from deltaw.methods.lora import LoRA
+from deltaw.methods.token_rows import TokenRows
 
 LORA = LoRA(rank=4, alpha=6)
 
@@ -164,6 +165,53 @@ def test_a_tied_head_is_not_merged_into_the_embedding() -> None:
     assert torch.equal(model.model.embed_tokens.weight, embedding)
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, queries)  # all faults before the first write
     assert torch.equal(model(ids).logits, tuned)
+
+
+class ReadsItsHead(nn.Module):
+    """Tied, and it computes with the weight of its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lm_head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(self.embed(ids), self.lm_head.weight)
+
+
+class Calls(ReadsItsHead):
+    """The same with a head that is called."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(self.embed(ids))
+
+
+def test_guards_see_the_modules_that_an_adapter_reaches_by_a_tie() -> None:
+    rows = TokenRows(tokens=(1, 2))
+    sentence = r"embed: it is tied to lm_head, where token_rows must act too: ReadsItsHead.forward reads its weight"
+    with pytest.raises(TargetError, match=sentence):
+        attach(ReadsItsHead(), rows, targets="embed")
+    good = Calls()
+    attach(good, rows, targets="embed")
+    with pytest.raises(DeltawError, match=sentence):
+        insert(ReadsItsHead(), extract(good))
+    owner, patched = Calls(), Calls()
+    owner.lm_head.adapters = nn.Linear(1, 1)
+    patched.lm_head.forward = lambda x: x  # type: ignore[method-assign]
+    for model, said in ((owner, "an attribute 'adapters'"), (patched, "its forward was replaced on the instance")):
+        for action in (lambda m: attach(m, rows, targets="embed"), lambda m: insert(m, extract(good))):
+            with pytest.raises(UseError, match=f"lm_head: .*{said}"):
+                action(model)
+        assert type(model.embed) is nn.Embedding and type(model.lm_head) is nn.Linear
+    scaled = Calls()
+    scaled.lm_head.__class__ = Doubled
+    with pytest.raises(TargetError, match=r"embed: it is tied to lm_head, where token_rows must act too: .*Doubled"):
+        attach(scaled, rows, targets="embed")
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
 
 
 # Trap 4: the order of operations

@@ -184,6 +184,7 @@ def fit(model: nn.Module, state: AdapterState) -> dict[Site, str]:
         elif (
             reason := guards.bypassed(model, site.path)
             or host.fault()
+            or guards.untrue(model, site, method)
             or misfit(method, state.tensors[site], host.spec)
         ):
             found[site] = reason

@@ -9,6 +9,7 @@ Each has a test of its own in tests/core/test_guards.py.
     'adapters' or parametrizations      names we would overwrite, tensors we would not see
     save_pretrained while attached      would write adapter keys into the base's file
     weights read by the code above      an adapter's module is never called there (`bypassed`, from the source)
+    modules that share the parameter    an adapter that follows ties acts there too, and must be able to (`untrue`)
     encoder fast path                   reads the weights of its linears itself: switched off
     layers that rewrite their weight    bitsandbytes on some CPUs (`Host.steady`): switched off
 """
@@ -44,9 +45,11 @@ def admit(model: nn.Module, name: str, sites: Mapping[Site, Method]) -> None:
             "the model is already sharded (FSDP or tensor parallel): attach after quantising and before sharding"
         )
     for site in sites:
-        module = model.get_submodule(site.path)
-        if carries(module, name, site.slot):
+        if carries(model.get_submodule(site.path), name, site.slot):
             found.append(f"{site} already carries adapter {name!r}: choose another name, or detach it first")
+    ties = [other for site, method in sites.items() for other in tied(model, site, method)]
+    for site in dict.fromkeys([*sites, *ties]):
+        module = model.get_submodule(site.path)
         if carried(module) is not None:
             continue
         if not _forward_is_the_classes(module):
@@ -119,6 +122,30 @@ def unmerged(model: nn.Module, name: str) -> None:
     """Refuse to go on while adapter `name` is merged."""
     if any(name in here(module).merged for module in route.adapted_modules(model)):
         raise UseError(f"{name!r} is merged into the weights: unmerge the model first")
+
+
+def tied(model: nn.Module, site: Site, method: Method) -> list[Site]:
+    """Where else an adapter acts that follows ties: every other module that reads the same parameter."""
+    first = model.get_submodule(site.path)
+    table = first._parameters.get(site.slot)
+    if not method.follows_ties or table is None:
+        return []
+    everywhere = ((path, m, slot, p) for path, m in model.named_modules() for slot, p in m._parameters.items())
+    return [Site(path, slot) for path, module, slot, p in everywhere if p is table and module is not first]
+
+
+def untrue(model: nn.Module, site: Site, method: Method) -> str | None:
+    """Why an adapter would not act as it should in a module that is tied to its own, or None."""
+    for other in tied(model, site, method):
+        module = model.get_submodule(other.path)
+        host = host_of(module, other.slot, method.host)
+        if host is None:
+            kind = base_class_of(module).__name__
+            return f"it is tied to the {other.slot} of a {kind}, where {method.name} cannot act: untie them first"
+        reason = bypassed(model, other.path) or host.fault()
+        if reason:
+            return f"it is tied to {other}, where {method.name} must act too: {reason}"
+    return None
 
 
 def bypassed(model: nn.Module, path: str) -> str | None:

@@ -15,7 +15,6 @@ from torch import nn
 from deltaw.core import guards, route
 from deltaw.core.adapter import Adapter
 from deltaw.core.carried import Carried, base_class_of, carried, here, hold
-from deltaw.core.errors import UseError
 from deltaw.core.host import ParameterHost, host_of
 from deltaw.core.method import Method, Site
 
@@ -88,22 +87,14 @@ def place(model: nn.Module, name: str, built: Sequence[tuple[Site, Adapter, Meth
 
 def _modules(model: nn.Module, name: str, site: Site, method: Method) -> list[tuple[nn.Module, str]]:
     """Where one adapter goes: its own module, and where it follows ties every other that reads the same parameter."""
-    first = model.get_submodule(site.path)
-    table = first._parameters.get(site.slot)
-    if not method.follows_ties or table is None:
-        return [(first, site.slot)]
-    tied = [(m, slot) for m in model.modules() for slot, p in m._parameters.items() if p is table and m is not first]
-    free = []
-    for module, slot in tied:
-        if host_of(module, slot, method.host) is None:
-            kind = base_class_of(module).__name__
-            raise UseError(
-                f"{site} is tied to the {slot} of a {kind}, where {method.name} cannot act: untie them first"
-            )
-        taken = [a for a, host, _ in here(module).entries.get(name, ()) if host.slot == slot] if carried(module) else []
-        if not any(isinstance(adapter.method.host, type) and adapter.method.host is ParameterHost for adapter in taken):
-            free.append((module, slot))  # a trained copy there is a parameter of its own
-    return [(first, site.slot), *free]
+    places = [(model.get_submodule(site.path), site.slot)]
+    for other in guards.tied(model, site, method):
+        module = model.get_submodule(other.path)
+        there = here(module).entries.get(name, ()) if carried(module) else ()
+        taken = [adapter for adapter, host, _ in there if host.slot == other.slot]
+        if not any(adapter.method.host is ParameterHost for adapter in taken):
+            places.append((module, other.slot))  # a trained copy there is a parameter of its own
+    return places
 
 
 def _add(module: nn.Module, name: str, slot: str, adapter: Adapter, method: Method, host: Any) -> None:

@@ -29,7 +29,7 @@ from torch import nn
 from deltaw.core.base import parameters
 from deltaw.core.errors import TargetError, did_you_mean, faults
 from deltaw.core.facts import ModuleFact, facts
-from deltaw.core.guards import bypassed
+from deltaw.core.guards import bypassed, untrue
 from deltaw.core.host import HostSpec, WeightHost
 from deltaw.core.layers import layer_index, parse_layers
 from deltaw.core.method import Method, Site
@@ -104,6 +104,7 @@ def plan(
     layer = {fact.path: fact.layer for fact in known}
     planned = _adapted(sites, layer, method.over(sites), found)
     found += method.unused([t.site.path for t in planned])
+    found += [f"{site}: {reason}" for site in sites if (reason := untrue(model, site, method))]
     for site, companion in extra.items():
         host = companion.host(model.get_submodule(site.path), site.slot)
         reason = bypassed(model, site.path) or host.fault()
