@@ -242,3 +242,18 @@ def test_impossible_fields_are_named_together() -> None:
         AdaLoRA(tinit=2.5)
     with pytest.raises(UseError, match=r"tinit=10 and tfinal=30 leave no steps of 40"):
         PAPER.phases(40)
+
+
+def test_what_counts_for_all_adapters_of_a_name_cannot_differ() -> None:
+    """The hooks of the first would have spoken for the second as well; ranks are each adapter's own."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    attach(model, AdaLoRA(rank=4, target_rank=2, orth=0.5), targets="0")
+    with pytest.raises(
+        UseError, match=r"cannot add to 'default', whose adapters share these options of adalora"
+    ) as error:
+        attach(model, AdaLoRA(rank=4, target_rank=1, orth=0.0, delta_t=7), targets="1")
+    assert error.value.faults == ("delta_t is 1 there and 7 here", "orth is 0.5 there and 0.0 here")
+    assert type(model[1]) is nn.Linear
+    attach(model, AdaLoRA(rank=2, target_rank=1, dropout=0.1), targets="1")
+    attach(model, AdaLoRA(orth=0.1), targets="2", name="other")
+    assert [(method.orth, len(there)) for method, there in kinds(model)] == [(0.5, 2)]  # type: ignore[attr-defined]

@@ -55,6 +55,7 @@ def attach(
         raise UseError(f"{method!r} is not a method: give one with its options, for example deltaw.LoRA(rank=16)")
     plan = planning.plan(model, method, targets, exclude=exclude, layers=layers)
     guards.admit(model, name, {target.site: target.method for target in plan.targets})
+    _agree(model, name, method)
     sites = {target.site: (target.method, target.spec) for target in plan.targets}
     with route.use(model, name if name in route.names(model) else {}):  # what will be live with the new ones
         first = method.prepare(model, sites, Given(batches=batches, weights=weights))
@@ -197,6 +198,20 @@ def trainable(model: nn.Module, name: str = "default") -> None:
     known(model, name)
     guards.unmerged(model, name)
     _train(model, name)
+
+
+def _agree(model: nn.Module, name: str, method: Method) -> None:
+    """Refuse to add to an adapter with other values of what counts for all of it: those of the first would hold."""
+    there = (a.method for module in route.adapted_modules(model) for a, _, _ in here(module).entries.get(name, ()))
+    first = next((other for other in there if type(other) is type(method)), method)
+    values = {field: (getattr(first, field), getattr(method, field)) for field in method.common}
+    found = [f"{field} is {has!r} there and {given!r} here" for field, (has, given) in values.items() if has != given]
+    if found:
+        raise faults(
+            UseError,
+            f"cannot add to {name!r}, whose adapters share these options of {method.name} (give the same, or another name)",
+            found,
+        )
 
 
 def _train(model: nn.Module, name: str) -> None:

@@ -61,6 +61,8 @@ class Method:
     along a first dimension, and so are its factors, which it must have. A subclass says so itself."""
     follows_ties: ClassVar[bool] = False
     """True for changes of a table itself (token rows): they act in every module that is tied to the same parameter."""
+    common: ClassVar[tuple[str, ...]] = ()
+    """Fields that `penalty` and `after_step` read for all adapters of the kind under one name: they must not differ."""
 
     @property
     def corrects(self) -> bool:

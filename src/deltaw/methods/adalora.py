@@ -69,6 +69,7 @@ class AdaLoRAAdapter(LoRAAdapter):
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA(Method):
     suits = "a tight budget of parameters: finds the modules that need them"
+    common = ("tinit", "tfinal", "delta_t", "beta1", "beta2", "orth")
 
     rank: int | None = None
     """Rank that every module starts with. Default: 1.5 × target_rank, 12, or the layer's smaller dimension if less."""
