@@ -1,6 +1,8 @@
 """MoRA: the anchors of the authors' code, and the paper's definition written out as a dense reference."""
 
+import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +84,23 @@ def test_rank_anchors(out: int, inputs: int, rank: int) -> None:
     assert torch.linalg.matrix_rank(rotated.merged(zero)) == min(out, inputs)
     shared = drawn(HostSpec((out, inputs)), MoRA(rank=rank, type=1)).double()
     assert torch.linalg.matrix_rank(shared.merged(zero)) == min(shared.mora_M.shape[0], out, inputs)
+
+
+def test_the_tables_of_angles_are_no_memory_of_training_and_go_along(tmp_path: Path) -> None:
+    spec, x = HostSpec((20, 24)), torch.randn(3, 24)
+    adapter = drawn(spec, MoRA(rank=4))
+    assert not adapter.memory() and not list(adapter.buffers()) and list(adapter.state_dict()) == ["mora_M"]
+    with torch.device("meta"):
+        empty: MoRAAdapter = MoRA(rank=4).build(spec)  # type: ignore[assignment]
+    assert empty.cos.device.type == "meta"
+    empty.to_empty(device="cpu").load_state_dict(adapter.state_dict())  # the tables come back by themselves
+    torch.save(adapter, tmp_path / "whole")
+    twins = [empty, torch.load(tmp_path / "whole", weights_only=False), copy.deepcopy(adapter).bfloat16()]
+    for twin in twins:
+        assert torch.equal(twin.vectors(x, twin.mora_M), adapter.vectors(x, adapter.mora_M))
+        assert twin.cos.dtype == torch.float32
+    y = torch.compile(adapter.vectors, fullgraph=True, backend="aot_eager")(x, adapter.mora_M)
+    torch.testing.assert_close(y, adapter.vectors(x, adapter.mora_M))
 
 
 @pytest.mark.parametrize("kind", [1, 6])

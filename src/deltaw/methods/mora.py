@@ -30,8 +30,7 @@ from deltaw.methods.ranked import Ranked, RankedAdapter, trained
 
 
 class MoRAAdapter(RankedAdapter):
-    cos: Tensor
-    sin: Tensor
+    """The tables of angles follow from the sizes: they are no buffers, which would be the memory of training."""
 
     def __init__(self, spec: HostSpec, side: int, kind: int, dropout: float = 0.0):
         super().__init__(spec, 1.0, dropout)
@@ -40,9 +39,13 @@ class MoRAAdapter(RankedAdapter):
         self.groups = -(-self.inputs // side)
         if kind == 6:
             self.groups = min(self.groups, -(-self.out // side))  # the others would be cut away
-            angles = torch.outer(torch.arange(self.groups), 10000.0 ** (-torch.arange(0, side, 2) / side)).repeat(1, 2)
-            self.register_buffer("cos", angles.cos(), persistent=False)  # [G, r̂]
-            self.register_buffer("sin", angles.sin(), persistent=False)
+            self.cos, self.sin = turns(self.groups, side, self.mora_M.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result, m = super()._apply(fn, recurse), self.mora_M
+        if self.kind == 6 and self.cos.device != m.device:
+            self.cos, self.sin = turns(self.groups, len(m), m.device)
+        return result
 
     def parts(self, scale: float | Tensor, dtype: Any) -> tuple[Tensor, ...]:
         return ((scale * self.mora_M).to(dtype),)
@@ -69,6 +72,13 @@ class MoRAAdapter(RankedAdapter):
         wide = F.pad(wide, (0, -wide.shape[1] % self.inputs))  # what read a continued input reads the input itself
         wide = wide.unflatten(1, (-1, self.inputs)).sum(1)
         return _repeated(wide.T, self.out).T
+
+
+def turns(groups: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles of every group, [G, r̂] each, fp32; the same bits on every device."""
+    places = torch.arange(0, side, 2, device="cpu")
+    angles = torch.outer(torch.arange(groups, device="cpu"), 10000.0 ** (-places / side)).repeat(1, 2)
+    return angles.cos().to(device), angles.sin().to(device)
 
 
 def _repeated(x: Tensor, size: int) -> Tensor:
