@@ -7,10 +7,12 @@ from torch import nn
 from core import tiny
 from deltaw.core.attach import adapters, attach, detach, extract, insert
 from deltaw.core.errors import MergeError, UseError
-from deltaw.core.host import host_of
+from deltaw.core.host import WeightHost, host_of
 from deltaw.core.merge import merge, unmerge
-from deltaw.core.method import Method, Site
+from deltaw.core.method import Method, Site, get
+from deltaw.core.method import names as methods
 from deltaw.core.route import live, use
+from deltaw.core.state import delta
 from deltaw.methods.dora import DoRA
 from deltaw.methods.full import Full
 from deltaw.methods.ia3 import IA3
@@ -222,6 +224,42 @@ def test_a_merge_into_the_bias_asks_what_scales_it() -> None:
     adapters(model, "copies")[Site("0", "bias")].copy.data.add_(1.0)
     with pytest.raises(MergeError, match=r"0\.bias: the change of 'scales' depends on this weight"):
         merge(model, "copies")
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(24, 16), torch.randn(5, 24).double()),
+    "conv": (lambda: nn.Conv2d(4, 8, 3), torch.randn(2, 4, 6, 6).double()),
+    "embedding": (lambda: nn.Embedding(10, 16), torch.arange(10)),
+}
+FITTING = [
+    (name, kind)
+    for name in methods()
+    for kind, (layer, _) in LAYERS.items()
+    if get(name).host is WeightHost and get(name)().unfit(host_of(layer()).spec) is None
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), FITTING)
+@torch.no_grad()
+def test_fp64_stays_fp64(name: str, kind: str) -> None:
+    """What is computed for the merge, beside the layer and for a file agree far below fp32's precision."""
+    build, x = LAYERS[kind]
+    layer = build()
+    model = nn.Sequential(layer).double()
+    attach(model, get(name)(), targets="0")
+    stir(model)
+    host, base, (site,) = host_of(layer), layer.weight.clone(), extract(model).methods
+    change = delta(extract(model), site, host.weight)
+    with use(model, {}):
+        plain = model(x)
+    with use(model, {"default": 0.5}):
+        half = model(x)
+    tuned = model(x)
+    torch.testing.assert_close(half, 0.5 * (plain + tuned), atol=1e-13, rtol=1e-13)
+    merge(model, keep_base=True)
+    torch.testing.assert_close(model(x), tuned, atol=1e-13, rtol=1e-13)
+    written = host.stored.detach() - base
+    torch.testing.assert_close(change, written.T if kind == "embedding" else written, atol=1e-13, rtol=1e-13)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.core.host import Host, HostSpec, WeightHost
+from deltaw.core.host import Host, HostSpec, WeightHost, wide
 
 Call = Callable[..., Any]
 
@@ -93,13 +93,13 @@ class WeightAdapter(Adapter):
     def branch(self, host: Any, x: Tensor) -> Tensor:
         """What full strength adds to the layer's output: op(x, ΔW). Override where W need not be formed."""
         weight = host.weight
-        full = weight.float()
+        full = wide(weight)
         return host.op(x, (self.merged(full) - full).to(weight.dtype))
 
     def weighted(self, host: Any, x: Tensor, strength: Tensor) -> Tensor:
-        """The branch at another strength, multiplied in fp32. Override where a smaller tensor can take the factor."""
+        """The branch at another strength, multiplied in fp32 or wider. Override where a smaller tensor can take the factor."""
         change = self.branch(host, x)
-        return (strength * change.float()).to(change.dtype)
+        return (strength * wide(change)).to(change.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
         """Dropout on the branch's input, in training; ids have none."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from deltaw.core.adapter import Factors, WeightAdapter
 from deltaw.core.base import BaseIdentity
 from deltaw.core.errors import UseError, did_you_mean, faults
-from deltaw.core.host import HostSpec, WeightHost
+from deltaw.core.host import HostSpec, WeightHost, wide
 from deltaw.core.method import Method, Part, Site
 
 
@@ -164,8 +164,9 @@ def misfit(method: Method, tensors: Mapping[str, Tensor], spec: HostSpec) -> str
 
 
 def delta(state: AdapterState, path: Site | str, weight: Tensor) -> Tensor:
-    """ΔW at `path` (a Site, or the path of a module) in fp32, for the canonical dense base weight; reads no model.
+    """ΔW at `path` (a Site, or the path of a module) for the canonical dense base weight; reads no model.
 
+    In fp32, or in fp64 where the weight is that.
     weight: [out, in, *kernel]; of an embedding its transpose, [dim, vocab]; of experts [E, out, in].
     """
     site = path if isinstance(path, Site) else Site(path)
@@ -178,7 +179,7 @@ def delta(state: AdapterState, path: Site | str, weight: Tensor) -> Tensor:
     if reason:
         raise UseError(f"{site}: {reason}")
     adapter = _built(state, site, spec)
-    full = weight.float()
+    full = wide(weight)
     with torch.no_grad():
         merged = adapter.merged(full)
     if merged.shape != full.shape:

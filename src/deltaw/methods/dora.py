@@ -42,21 +42,24 @@ class DoRAAdapter(LoRAAdapter):
             square = w.square().sum(1) + 2 * s * (cross * b).sum(1) + s * s * ((b @ gram) * b).sum(1)
             return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
+    def ratio(self, weight: Tensor) -> Tensor:
+        """c = M / ‖W + sBA‖ per row, [out]; of fp32 norms, and then as wide as W."""
+        return (self.magnitude / self.norms(weight)).to(torch.promote_types(weight.dtype, torch.float32))
+
     def factors(self) -> None:  # type: ignore[override]
         return None
 
     def merged(self, weight: Tensor) -> Tensor:
-        a, b = self.lora_A.flatten(1).float(), self.lora_B.flatten(1).float()
+        a, b = (t.flatten(1).to(weight.dtype) for t in (self.lora_A, self.lora_B))
         full = weight + self.scale * (b @ a).view(weight.shape)
-        ratio = self.magnitude.float() / self.norms(weight)
-        return ratio.view(-1, *[1] * (weight.ndim - 1)) * full
+        return self.ratio(weight).view(-1, *[1] * (weight.ndim - 1)) * full
 
     def branch(self, host: Any, x: Tensor) -> Tensor:
         return self.weighted(host, x, None)
 
     def weighted(self, host: Any, x: Tensor, strength: Tensor | None) -> Tensor:
         weight, x = host.weight, self.dropped(x)  # one mask for both terms
-        c = (self.magnitude / self.norms(weight)).view(-1, *[1] * (-1 - host.out_dim))
+        c = self.ratio(weight).view(-1, *[1] * (-1 - host.out_dim))
         base, change = host.op(x, weight), self.low_rank(host, x, self.scale)
         more = c - 1
         if strength is not None:

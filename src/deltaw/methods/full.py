@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, Call, WeightAdapter
 from deltaw.core.errors import ConfigError, UseError, did_you_mean, faults
-from deltaw.core.host import HostSpec, ParameterHost
+from deltaw.core.host import HostSpec, ParameterHost, wide
 from deltaw.core.method import Method, Owned, Part, Site, register
 
 
@@ -28,16 +28,16 @@ class FullAdapter(WeightAdapter):
             self.copy.copy_(host.weight)
 
     def merged(self, weight: Tensor) -> Tensor:
-        return self.copy.float()
+        return self.copy.to(weight.dtype)
 
     def forward(self, host: Any, call: Call, strength: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         def change(current: Tensor, base: Tensor) -> Tensor:
             copy = self.copy.to(base.dtype)
             if strength is None and current is base:
                 return copy
-            whole = base.float()  # in fp32: copy − base is small beside both
+            whole = wide(base)  # in fp32: copy − base is small beside both
             change = (self.copy - whole) if strength is None else strength * (self.copy - whole)
-            return (current.float() + change).to(base.dtype)
+            return (wide(current) + change).to(base.dtype)
 
         with host.replaced(change):
             return call(*args, **kwargs)

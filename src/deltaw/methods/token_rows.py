@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, Call, WeightAdapter
 from deltaw.core.carried import here
-from deltaw.core.host import HostSpec
+from deltaw.core.host import HostSpec, wide
 from deltaw.core.method import Method, register
 
 
@@ -37,27 +37,27 @@ class TokenRowsAdapter(WeightAdapter):
             self.rows[fresh] = table.float().mean(0)
 
     def own(self, table: Tensor) -> Tensor:
-        """The base's rows of the tokens, [n, dim] fp32; zero for those that are new."""
+        """The base's rows of the tokens, [n, dim] fp32 or wider; zero for those that are new."""
         tokens = torch.tensor(self.tokens, device=table.device)
-        rows = table[tokens.clamp_max(self.size - 1)].float()
+        rows = wide(table[tokens.clamp_max(self.size - 1)])
         return torch.where((tokens < self.size).unsqueeze(1), rows, 0.0) if self.new else rows
 
     def merged(self, weight: Tensor) -> Tensor:
         turned = self.spec.lookup
         table = F.pad(weight.T if turned else weight, (0, 0, 0, len(self.new)))  # [vocabulary + new, dim]
-        table = table.index_copy(0, torch.tensor(self.tokens, device=weight.device), self.rows.float())
+        table = table.index_copy(0, torch.tensor(self.tokens, device=weight.device), self.rows.to(table.dtype))
         return table.T if turned else table
 
     def forward(self, host: Any, call: Call, strength: Tensor | None, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Of a table the rows stand in the output itself: y + (rows − base) would lose them to rounding in bf16."""
         tokens = torch.tensor(self.tokens, device=input.device)
         base = self.own(table_of(host))  # [n, dim]
-        rows = self.rows.float() if strength is None else base + strength * (self.rows.float() - base)
+        rows = self.rows if strength is None else base + strength * (self.rows - base)
         if not host.spec.lookup:  # a head: the rows give the scores of their tokens
             y = call(input, *args, **kwargs)
             y = F.pad(y, (0, max(0, self.size + self.added - y.shape[-1])))  # other rows may have made room already
-            before, after = (host.op(input, table.to(host.weight.dtype)).float() for table in (base, rows))  # [T, n]
-            return y.index_copy(-1, tokens, (y.index_select(-1, tokens).float() + (after - before)).to(y.dtype))
+            before, after = (wide(host.op(input, table.to(host.weight.dtype))) for table in (base, rows))  # [T, n]
+            return y.index_copy(-1, tokens, (wide(y.index_select(-1, tokens)) + (after - before)).to(y.dtype))
         place = input.unsqueeze(-1) == tokens  # [T, n]
         first = self.first(host)
         unread = place[..., first].any(-1)  # nothing inside knows these ids: it is asked for another one, and ignored
