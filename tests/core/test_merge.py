@@ -7,7 +7,7 @@ from torch import nn
 from core import tiny
 from deltaw.core.attach import adapters, attach, detach, extract, insert
 from deltaw.core.errors import MergeError, UseError
-from deltaw.core.host import WeightHost, host_of
+from deltaw.core.host import Host, WeightHost, host_of
 from deltaw.core.merge import merge, unmerge
 from deltaw.core.method import Method, Site, get
 from deltaw.core.method import names as methods
@@ -260,6 +260,27 @@ def test_fp64_stays_fp64(name: str, kind: str) -> None:
     torch.testing.assert_close(model(x), tuned, atol=1e-13, rtol=1e-13)
     written = host.stored.detach() - base
     torch.testing.assert_close(change, written.T if kind == "embedding" else written, atol=1e-13, rtol=1e-13)
+
+
+@torch.no_grad()
+def test_the_base_is_kept_once_for_all_merges_and_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[Host] = []
+    keep = Host.keep
+    monkeypatch.setattr(Host, "keep", lambda host: (copies.append(host), keep(host))[1])
+    model = tiny.model("tied")
+    table = model.lm_head.weight.clone()
+    for name, tokens in {"a": (5,), "b": (9,)}.items():
+        attach(model, TokenRows(tokens=tokens), targets="embed_tokens", name=name)
+        stir(model)
+    merge(model, "a", keep_base=True)
+    place = model.model.embed_tokens._deltaw.pristine
+    late = nn.ModuleDict({"model": model, "tied": nn.Linear(32, 64, bias=False)})  # comes after the first merge
+    late["tied"].weight = model.lm_head.weight
+    attach(late, LoRA(rank=2), targets="tied", name="late")
+    merge(late, "b", keep_base=True)
+    assert len(copies) == 1 and late["tied"]._deltaw.pristine["weight"] is place["weight"]
+    unmerge(late)
+    assert torch.equal(model.lm_head.weight, table)
 
 
 @torch.no_grad()

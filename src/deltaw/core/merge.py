@@ -63,9 +63,11 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = False) -
     for adapter, host in work:
         merged = _merged(adapter, host)
         if keep_base:
-            kept = host.keep()
-            for other in _readers(model, host.stored):  # those that are tied see the base's own as well
-                here(other.module).pristine.setdefault(other.slot, kept)
+            readers = [(other.slot, here(other.module).pristine) for other in _readers(model, host.stored)]
+            before = next((pristine[slot] for slot, pristine in readers if slot in pristine), None)
+            kept = host.keep() if before is None else before  # an earlier merge kept it: now it is not the base's own
+            for slot, pristine in readers:  # those that are tied see the base's own as well
+                pristine[slot] = kept
         if not torch.equal(merged, current(host)):  # rounding anew what does not change could change it
             host.write(merged)
     before_route = route.live(model)
