@@ -124,7 +124,9 @@ def test_what_cannot_be_mixed_exactly_is_refused() -> None:
 def test_adapters_of_two_bases_are_refused() -> None:
     first, second = nn.Sequential(nn.Linear(6, 5)), nn.Sequential(nn.Linear(6, 5))
     a, b = state_of(first, LoRA(rank=2), "0"), state_of(second, LoRA(rank=2), "0")
-    with pytest.raises(DeltawError, match=r"adapters of two different bases cannot be mixed: the shapes agree and the values of 0"):
+    with pytest.raises(
+        DeltawError, match=r"adapters of two different bases cannot be mixed: the shapes agree and the values of 0"
+    ):
         0.5 * a + 0.5 * b
     same = state_of(first, LoRA(rank=3), "0")
     assert (0.5 * a + 0.5 * same).base == a.base

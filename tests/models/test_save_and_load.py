@@ -108,7 +108,9 @@ def test_three_answers(tmp_path: Path) -> None:
     assert deltaw.load(net(), tmp_path / "a").base == "match"
     assert deltaw.load(net().bfloat16(), tmp_path / "a").base == "match"
     stranger = net(1)
-    with pytest.raises(BaseMismatchError, match=r"the shapes agree and the values of.*allow_base_mismatch=True") as caught:
+    with pytest.raises(
+        BaseMismatchError, match=r"the shapes agree and the values of.*allow_base_mismatch=True"
+    ) as caught:
         deltaw.load(stranger, tmp_path / "a")
     assert "'Net'" in str(caught.value) and type(stranger.body[0]) is nn.Linear
     report = deltaw.load(stranger, tmp_path / "a", allow_base_mismatch=True)
