@@ -29,7 +29,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     made(tmp_path / "b", 1e-4, ended=False)
     both = [summarise(run) for run in find([tmp_path])]
     assert [(s.state, s.step, s.losses["held_out"], s.scores) for s in both] == [
-        ("open", 4, 1.5, {"exact_match": 0.25}),
+        ("unfinished", 4, 1.5, {"exact_match": 0.25}),
         ("finished", 4, 1.5, {"exact_match": 0.25}),
     ]
     text = table(both)

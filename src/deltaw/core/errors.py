@@ -12,6 +12,7 @@ DeltawError (ValueError)      one sentence: what was given, what was expected, t
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -54,14 +55,30 @@ class TrainError(DeltawError):
 
 
 def faults(error: type[DeltawError], head: str, found: Sequence[str], limit: int = 12) -> DeltawError:
-    """One error for all `found` faults: a single fault reads as one sentence, several as a list."""
-    shown = [f"  - {fault}" for fault in found[:limit]]
-    if len(found) > limit:
-        shown.append(f"  - … and {len(found) - limit} more")
+    """One error for all `found` faults: a single fault reads as one sentence, several as a list.
+
+    The same fault in repeated layers is one line: `layers.*.q_proj (12 times): …`.
+    """
+    alike: dict[str, list[str]] = {}
+    for fault in found:
+        alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", fault), []).append(fault)
+    lines = []
+    for pattern, same in alike.items():
+        path, colon, rest = pattern.partition(": ")
+        lines += [f"{path} ({len(same)} times){colon}{rest}"] if len(same) > 2 else same
+    shown = [f"  - {line}" for line in lines[:limit]]
+    if len(lines) > limit:
+        shown.append(f"  - … and {len(lines) - limit} more")
     many = "\n".join([f"{head} ({len(found)} faults):", *shown])
     result = error(f"{head}: {found[0]}" if len(found) == 1 else many)
     result.faults = tuple(found)
     return result
+
+
+def meant_to_be(wanted: str, given: Iterable[str]) -> str:
+    """'; is 'promt' meant to be 'prompt'?' where something given is a near miss of what is wanted, else ''."""
+    near = difflib.get_close_matches(wanted, list(dict.fromkeys(given)), n=1, cutoff=0.6)
+    return f"; is {near[0]!r} meant to be {wanted!r}?" if near else ""
 
 
 def did_you_mean(given: str, known: Iterable[str], limit: int = 3) -> str:

@@ -80,7 +80,7 @@ class Encoder:
         self.tokenizer, self.policy = tokenizer, policy
         if tokenizer.chat_template and objective == "sft":
             stop_token_trained(tokenizer)  # a template that never stops is one fault of the base, not one of each row
-        self._lengths = array("q")
+        self._lengths, self._learnt = array("q"), array("q")
         self._dropped: Counter[str] = Counter()
         self._rows = self._kept = self._cut = self._tokens = self._supervised = 0
 
@@ -97,6 +97,7 @@ class Encoder:
             return []
         for piece in result:
             self._lengths.append(len(piece.ids) + piece.cut)
+            self._learnt.append(len(piece.ids))
             self._cut += piece.cut > 0
             self._tokens += len(piece.ids)
             self._supervised += piece.supervised
@@ -122,7 +123,7 @@ class Encoder:
             total_tokens=self._tokens,
             supervised_tokens=self._supervised,
             longest=max(lengths),
-            percentiles=_percentiles(lengths),
+            percentiles=_percentiles(self._learnt),
             histogram=dict(sorted(Counter(1 << max(length - 1, 0).bit_length() for length in lengths).items())),
         )
 

@@ -49,7 +49,8 @@ def data_files(paths: Sequence[str | Path]) -> list[Path]:
                 )
             result += inside
         elif not path.exists():
-            found.append(f"no file {str(path)!r}{_near(path)}")
+            seen_from = "" if path.is_absolute() else f", seen from {Path.cwd()}"
+            found.append(f"no file {str(path)!r}{seen_from}{_near(path)}")
         elif path.suffix not in SUFFIXES:
             found.append(f"{str(path)!r} is none of {', '.join(SUFFIXES)}: write one JSON object per line, as .jsonl")
         else:

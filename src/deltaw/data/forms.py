@@ -12,7 +12,7 @@ judged              prompt-completion, messages or conversations, with "label": 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from deltaw.core.errors import did_you_mean
+from deltaw.core.errors import meant_to_be
 from deltaw.data.conversation import Example, Message, half_character, order
 from deltaw.data.turns import Unreadable, message, messages, shown, tools
 
@@ -49,10 +49,10 @@ def detect(row: Mapping[str, Any]) -> tuple[Form | None, str]:
         missing_keys = [key for key in keys if key not in row]
         if len(missing_keys) < len(keys):
             given = ", ".join(map(str, row))
-            near = did_you_mean(missing_keys[0], [key for key in map(str, row) if key not in keys])
+            near = meant_to_be(missing_keys[0], [key for key in map(str, row) if key not in keys])
             return None, f"the field `{missing_keys[0]}` is missing (a row of {form}; it has {given}){near}"
     known = sorted(set().union(*NEEDED.values()))
-    near = next((d for key in known if (d := did_you_mean(key, map(str, row)))), "")
+    near = next((d for key in known if (d := meant_to_be(key, map(str, row)))), "")
     has = ", ".join(map(str, row)) or "no field"
     return None, f"no known form: it has {has}, expected {EXPECTED}{near}; data.columns maps other names"
 

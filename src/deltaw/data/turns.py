@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from deltaw.core.errors import did_you_mean
+from deltaw.core.errors import did_you_mean, meant_to_be
 from deltaw.data.conversation import ROLES, Call, Message
 
 NAMES = {
@@ -45,7 +45,7 @@ def message(turn: Any) -> Message:
     keys = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
     missing = [key for key in keys if key not in turn and not (key == "content" and turn.get("tool_calls"))]
     if missing:
-        near = did_you_mean(missing[0], map(str, turn))
+        near = meant_to_be(missing[0], map(str, turn))
         raise Unreadable(f"has no `{missing[0]}`{near} (it has {', '.join(map(str, turn))})")
     name, content = turn[keys[0]], turn.get(keys[1])
     role = NAMES.get(name.lower()) if isinstance(name, str) else None

@@ -16,7 +16,7 @@ class Summary:
 
     path: str
     state: str
-    """finished, interrupted, failed before its end or still running ("open")."""
+    """finished, interrupted, or unfinished: still running, or cut off."""
     step: int
     steps: int
     losses: Mapping[str, float] = field(default_factory=dict)
@@ -42,19 +42,21 @@ def summarise(run: RunDirectory) -> Summary:
     last = events[-1] if events else {}
     end = next((event for event in reversed(events) if event["event"] == "end"), {})
     evals = [event for event in events if event["event"] == "eval"]
-    losses = end.get("losses") or ({"held_out": evals[-1]["loss"]} if evals else {})
+    named = {("held_out" if event["step"] else "base"): event["loss"] for event in evals}
+    losses = end.get("losses") or {name: named[name] for name in ("base", "held_out") if name in named}
+    memory = max((event.get("peak_memory", 0) for event in events), default=0)
     kept = {"event", "time", "step"}
     scores = next((e for e in reversed(events) if e["event"] == "scores"), {})
     return Summary(
         path=str(run.path),
-        state={"end": "finished", "interrupted": "interrupted"}.get(str(last.get("event")), "open"),
+        state={"end": "finished", "interrupted": "interrupted"}.get(str(last.get("event")), "unfinished"),
         step=max((event.get("step", 0) for event in events), default=0),
         steps=plan.get("steps", 0),
         losses=losses,
         scores={key: value for key, value in scores.items() if key not in kept},
         trainable=plan.get("trainable", 0),
         seconds=end.get("seconds", (last.get("time", 0.0) - events[0]["time"]) if events else 0.0),
-        peak_memory=end.get("peak_memory", 0),
+        peak_memory=end.get("peak_memory", memory),
         settings=settings,
     )
 
@@ -71,7 +73,8 @@ def flat(record: Any, prefix: str = "") -> dict[str, Any]:
 def table(summaries: Sequence[Summary]) -> str:
     """Runs as text: what came out, and in what their settings differ."""
     keys = dict.fromkeys(key for summary in summaries for key in summary.settings if key != "output")
-    apart = [key for key in keys if len({str(summary.settings.get(key)) for summary in summaries}) > 1]
+    # a setting that only some runs have (another method's) tells nothing where those agree
+    apart = [key for key in keys if len({str(s.settings[key]) for s in summaries if key in s.settings}) > 1]
     scores = list(dict.fromkeys(name for summary in summaries for name in summary.scores))
     rows = [["run", "state", "step", "base", "held out", *scores, "trainable", "seconds", *apart]]
     for s in summaries:
@@ -83,7 +86,7 @@ def table(summaries: Sequence[Summary]) -> str:
             _number(s.losses.get("held_out")),
         ]
         cells += [_number(s.scores.get(name)) for name in scores] + [f"{s.trainable:,}", f"{s.seconds:.0f}"]
-        rows.append(cells + [str(s.settings.get(key)) for key in apart])
+        rows.append(cells + [str(s.settings.get(key, "–")) for key in apart])
     return columns(rows)
 
 
