@@ -283,7 +283,7 @@ def test_the_suite_catches(fault: str) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Mutant(LoRA):
-        def build(self, spec: HostSpec, shared: Any = None) -> LoRAAdapter:
+        def build(self, spec: HostSpec) -> LoRAAdapter:
             method = self.at("", spec)
             return method.start(mutation.adapter(spec, method.rank, method.scale), spec)
 

@@ -106,7 +106,7 @@ class EchoMethod(Method):
     host = ParameterHost
     name = "echo"
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         return Echo()
 
 

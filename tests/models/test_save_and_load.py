@@ -225,7 +225,7 @@ class Shift(Method):
 
     steps: int = 1
 
-    def build(self, spec: HostSpec, shared: Any = None) -> WeightAdapter:
+    def build(self, spec: HostSpec) -> WeightAdapter:
         return ShiftAdapter(self.steps)
 
 

@@ -27,5 +27,5 @@ class IA3Adapter(WeightAdapter):
 @register("ia3_example")
 @dataclass(frozen=True, kw_only=True)
 class IA3(Method):
-    def build(self, spec: HostSpec, shared: Any = None) -> IA3Adapter:
+    def build(self, spec: HostSpec) -> IA3Adapter:
         return IA3Adapter(spec)

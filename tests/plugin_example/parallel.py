@@ -61,5 +61,5 @@ class ParallelBranch(Method):
     alpha: float = 16.0
     """The branch is scaled by alpha / rank."""
 
-    def build(self, spec: HostSpec, shared: Any = None) -> ParallelAdapter:
+    def build(self, spec: HostSpec) -> ParallelAdapter:
         return ParallelAdapter(spec, self.rank, self.alpha / self.rank)

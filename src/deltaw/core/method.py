@@ -108,7 +108,7 @@ class Method:
         """Further sites trained with the targets (biases, whole modules), from what every module owns itself."""
         return {}
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         """A fresh adapter for a slot of this shape, fp32 on the CPU, whose change is zero."""
         raise NotImplementedError
 

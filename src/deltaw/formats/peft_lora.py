@@ -1,10 +1,8 @@
-"""LORA and ADALORA in PEFT's files.
+"""LORA in PEFT's files.
 
 LORA      lora_A.weight [r, in, *kernel], lora_B.weight [out, r, *ones]; scale α/r, or α/√r with use_rslora
           lora_embedding_A [r, vocab], lora_embedding_B [dim, r]; lora_magnitude_vector [out] or [1, out, 1, …]
           on stacks of experts (target_parameters) as `peft_experts` says
-ADALORA   lora_A [r, fan_in], lora_E [r, 1], lora_B [out, r]; scale α/(init_r + 1e-5). rank_pattern says for every
-          pruned module which of its init_r triplets are left; its tensors hold those alone
 """
 
 import dataclasses

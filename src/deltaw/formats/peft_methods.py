@@ -33,7 +33,7 @@ KINDS: Mapping[str, Kind] = {kind.type: kind for kind in (LORA, ADALORA, LOHA, L
 
 
 def kind_of(config: Mapping[str, Any]) -> Kind:
-    """The Kin      d of a config. ConfigError where there is none."""
+    """The Kind of a config. ConfigError where there is none."""
     word = str(config.get("peft_type") or "").upper().removeprefix("PEFTTYPE.")
     if not word:
         raise ConfigError("adapter_config.json has no peft_type: is it PEFT's?")
@@ -50,5 +50,5 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
 
 
 def kind_for(method: Method) -> Kind | None:
-    """The Kin      d that holds a method, or None where PEFT has no format for it."""
+    """The Kind that holds a method, or None where PEFT has no format for it."""
     return next((kind for kind in KINDS.values() if kind.holds(method)), None)

@@ -20,7 +20,7 @@ fails where b(t) = b₀.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +132,7 @@ class AdaLoRA(Method):
         assert self.rank is not None and self.alpha is not None, "resolve the method with at() first"
         return self.alpha / self.rank
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         method = self.at("", spec)
         assert method.rank is not None
         return AdaLoRAAdapter(spec, method.rank, method.scale, method.dropout)

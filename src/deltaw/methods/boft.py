@@ -127,7 +127,7 @@ class BOFT(Method):
             block = next(evens, None) if levels > 1 else usual_block(n, 8)
         return dataclasses.replace(self, block=block, levels=levels)
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         method = self.at("", spec)
         assert method.block is not None and method.levels is not None
         return BOFTAdapter(spec, method.block, method.levels)

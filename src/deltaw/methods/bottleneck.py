@@ -122,7 +122,7 @@ class Bottleneck(Method):
         activation = self.activation or USUAL[self.placement]
         return dataclasses.replace(self, rank=rank, activation=activation, train_norms=False, modules_to_save=())
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         method = self.at("", spec)
         assert method.rank is not None and method.activation is not None
         width = spec.shape[0]

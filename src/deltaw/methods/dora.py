@@ -80,7 +80,7 @@ class DoRA(LoRA):
             )
         return found
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         method = self.at("", spec)
         assert method.rank is not None
         return method.start(DoRAAdapter(spec, method.rank, method.scale, method.dropout), spec)

@@ -49,7 +49,7 @@ class Full(Method):
     host = ParameterHost
     suits = "heads, norms and biases beside another method; the baseline where memory is no question"
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         return FullAdapter(spec.shape)
 
     def combine(self, parts: Sequence[Part]) -> tuple[Method, dict[str, Tensor]]:

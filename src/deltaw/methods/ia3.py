@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, WeightAdapter
-from deltaw.core.errors import did_you_mean
 from deltaw.core.host import Host, HostSpec
 from deltaw.core.method import Method, register
 from deltaw.methods import patterns
@@ -93,16 +92,11 @@ class IA3(Method):
         return "its inputs are ids, there is nothing to scale" if spec.lookup and self.side == "input" else None
 
     def unused(self, paths: Sequence[str]) -> Sequence[str]:
-        names = [path.rpartition(".")[2] for path in paths]
-        return [
-            f"feedforward {pattern!r} matches no adapted module{did_you_mean(pattern, names)}"
-            for pattern in self.feedforward
-            if not any(hits(pattern, path) for path in paths)
-        ]
+        return patterns.unused([("feedforward", pattern) for pattern in self.feedforward], paths)
 
     def at(self, path: str, spec: HostSpec) -> Self:
         hit = any(hits(pattern, path) for pattern in self.feedforward)
         return dataclasses.replace(self, side="input" if hit else self.side, feedforward=())
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         return IA3Adapter(spec, self.at("", spec).side)

@@ -81,7 +81,7 @@ class LlamaAdapter(Method):
     def at(self, path: str, spec: HostSpec) -> "LlamaAdapter":
         return dataclasses.replace(self, modules_to_save=())
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         heads, width = spec.shape
         plain = self.gate == "plain"
         adapter = LlamaAdapterAdapter(1 if plain else heads, width, self.length, plain)

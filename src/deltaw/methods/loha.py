@@ -105,7 +105,7 @@ class LoHa(Scaled):
     rank: int | None = None
     """Rank r of each of the two matrices. Default: 8 (as many numbers as LoRA of 16), or the layer's smaller dimension."""
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         method = self.at("", spec)
         assert method.rank is not None
         adapter = LoHaAdapter(spec, method.rank, method.scale, method.dropout)

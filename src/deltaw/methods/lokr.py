@@ -104,7 +104,7 @@ class LoKr(Scaled):
             found.append(f"decompose_both={self.decompose_both!r} is neither true nor false")
         return found
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         adapter = LoKrAdapter(spec, self.at("", spec))
         for name, tensor in adapter.named_parameters():
             if name not in ("lokr_w1", "lokr_w1_a"):  # C is zero

@@ -24,14 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, Factors, WeightAdapter, compute_dtype
-from deltaw.core.errors import did_you_mean
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Given, Method, Owned, Part, Site, register
 from deltaw.methods import patterns
 from deltaw.methods.eva import eva
 from deltaw.methods.full import companions
 from deltaw.methods.inits import STARTS, Start, loftq, split, within
-from deltaw.methods.patterns import first_hit, hits
+from deltaw.methods.patterns import first_hit
 from deltaw.methods.ranked import kaiming, unfit_rank
 
 
@@ -204,12 +203,7 @@ class LoRA(Method):
         return self.init == "loftq"
 
     def unused(self, paths: Sequence[str]) -> Sequence[str]:
-        names = [path.rpartition(".")[2] for path in paths]
-        return [
-            f"{option} {p!r} matches no adapted module{did_you_mean(p, names)}"
-            for option, p in self._patterns()
-            if not any(hits(p, path) for path in paths)
-        ]
+        return patterns.unused(self._patterns(), paths)
 
     def _patterns(self) -> list[tuple[str, str]]:
         fields = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
@@ -236,7 +230,7 @@ class LoRA(Method):
         assert self.rank is not None and self.alpha is not None, "resolve the method with at() first"
         return self.alpha / self._unit(self.rank)
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         method = self.at("", spec)
         assert method.rank is not None
         if method.init in STARTS:

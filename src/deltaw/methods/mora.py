@@ -127,7 +127,7 @@ class MoRA(Ranked):
         method = super().at(path, spec)
         return method if self.rank else dataclasses.replace(method, rank=max(1, min(self.usual, self.most(spec))))
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         method = self.at("", spec)
         assert method.rank is not None
         return MoRAAdapter(spec, self.side(spec, method.rank), self.type, self.dropout)

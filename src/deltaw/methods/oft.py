@@ -145,7 +145,7 @@ class OFT(Method):
             return self
         return dataclasses.replace(self, block=self.block or usual_block(spec.fan_in, 32))
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         block = self.at("", spec).block
         assert block is not None
         radius = self.eps / math.sqrt(1 if self.share else spec.fan_in // block) if self.coft else 0.0

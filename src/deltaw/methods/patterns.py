@@ -3,8 +3,10 @@ the path after a dot, or all of it.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
+
+from deltaw.core.errors import did_you_mean
 
 Value = TypeVar("Value")
 
@@ -17,6 +19,16 @@ def hits(pattern: str, path: str) -> bool:
 def first_hit(patterns: Mapping[str, Value], path: str) -> Value | None:
     """The value of the first pattern that names the module at `path`."""
     return next((value for pattern, value in patterns.items() if hits(pattern, path)), None)
+
+
+def unused(patterns: Sequence[tuple[str, str]], paths: Sequence[str]) -> list[str]:
+    """(option, pattern) pairs that name none of the adapted `paths`, each a sentence."""
+    names = [path.rpartition(".")[2] for path in paths]
+    return [
+        f"{option} {pattern!r} matches no adapted module{did_you_mean(pattern, names)}"
+        for option, pattern in patterns
+        if not any(hits(pattern, path) for path in paths)
+    ]
 
 
 def invalid(pattern: str) -> str | None:

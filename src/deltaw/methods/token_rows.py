@@ -103,7 +103,7 @@ class TokenRows(Method):
             return f"tokens {new} are outside the vocabulary of {size}, new ones would be {size}, {size + 1}, …"
         return None
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         size = _size(spec)
         adapter = TokenRowsAdapter(self.tokens, spec.numel // size, size)
         adapter.spec = spec

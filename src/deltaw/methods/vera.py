@@ -156,7 +156,7 @@ class VeRA(Method):
     def at(self, path: str, spec: HostSpec) -> Self:
         return self if self.in_features and self.out_features else self.over({Site(path): spec})
 
-    def build(self, spec: HostSpec, shared: Any = None) -> Adapter:
+    def build(self, spec: HostSpec) -> Adapter:
         method = self.at("", spec)
         assert method.in_features is not None and method.out_features is not None
         key = (method.seed, method.rank, method.in_features, method.out_features)
