@@ -2,18 +2,22 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import deltaw
 from deltaw.core.errors import ConfigError, DataError, FileError
 from deltaw.data.kept import TEMPLATE, TOKENS, add_tokens, use_kept
+from deltaw.data.template import TEMPLATES
 from deltaw.models.base import load_tokenizer
 from deltaw.ship.merge import merge_to_folder
 from deltaw.training.prepare import prepare
+from deltaw.training.run import resume
 
 ACTS = ("<ACT_0>", "<ACT_1>", "<ACT_2>")
 WORDS = ("red", "blue", "green")
@@ -85,6 +89,29 @@ def test_a_run_goes_on_with_its_parents_tokens(run: Any, rows: Path, tmp_path: P
         deltaw.train({**given, "output": str(tmp_path / "other")}, quiet=True)
 
 
+def test_resume_needs_neither_the_parent_nor_the_templates_file(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(TEMPLATES["plain"].replace("### ", "## "))
+    given = config(rows, tmp_path / "parent", template=str(tmp_path / "own.jinja"))
+    given["train"] |= {"max_steps": 2, "save_every": 1}
+    parent = deltaw.train(given, quiet=True)
+    child = {**given, "data": {**given["data"], "tokens": [], "template": None}}
+    child |= {"adapter": {"from": str(parent.adapter)}, "output": str(tmp_path / "child")}
+    runs = [parent, deltaw.train(child, quiet=True)]
+    ends = [load_file(run.adapter / "adapter_model.safetensors") for run in runs]
+    cut = [tmp_path / "cut-parent", tmp_path / "cut-child"]
+    for run, folder in zip(runs, cut, strict=True):
+        run.path.rename(folder)
+        shutil.rmtree(folder / "adapter")
+        shutil.rmtree(folder / "checkpoints" / "step-2")
+    (tmp_path / "own.jinja").unlink()
+    for folder, end in zip(cut, ends, strict=True):
+        run = resume(folder, quiet=True)
+        again = load_file(run.adapter / "adapter_model.safetensors")
+        assert all(torch.equal(again[key], end[key]) for key in end)
+        assert list(json.loads((run.adapter / TOKENS).read_text())) == list(ACTS)
+        assert (run.adapter / TEMPLATE).read_text().startswith(TEMPLATES["plain"][:20])
+
+
 def test_control_tokens_of_a_template(rows: Path, tmp_path: Path) -> None:
     """chatml on a base without its tokens: refused without them, trained and left out of answers with them."""
     with pytest.raises(DataError, match=r"stop|end"):
@@ -118,6 +145,13 @@ def test_two_adapters_cannot_bring_different_tokens(run: Any, tmp_path: Path) ->
     (tmp_path / TOKENS).write_text("[1]")
     with pytest.raises(FileError, match="is not a table"):
         use_kept(tokenizer, tmp_path)
+
+
+def test_a_parents_tokens_must_get_their_ids(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / TOKENS).write_text('{"<other>": 5000}')
+    given = {**config(rows, tmp_path / "run", ()), "adapter": {"from": str(tmp_path)}}
+    with pytest.raises(FileError, match="'<other>' was 5000 in training and is 4096 here"):
+        prepare(deltaw.config.parse.parse(given))
 
 
 @pytest.mark.parametrize(

@@ -41,38 +41,61 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> Tokens:
     return Tokens(ids, {ids[token]: pieces for token, pieces in zip(fresh, spelled, strict=True)})
 
 
-def kept(tokenizer: Any, own_template: bool, tokens: Tokens) -> dict[str, str]:
-    """The files to write beside an adapter: name → text."""
-    files = {TEMPLATE: tokenizer.chat_template} if own_template else {}
-    return files | ({TOKENS: json.dumps(tokens.ids, indent=1, ensure_ascii=False) + "\n"} if tokens.ids else {})
+@dataclass(frozen=True)
+class Kept:
+    """What one adapter keeps of its tokenizer."""
+
+    template: str | None = None
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    folder: Path | None = field(default=None, compare=False)
+    """Where it was read."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files to write beside the adapter: name → text."""
+        files = {} if self.template is None else {TEMPLATE: self.template}
+        return files | ({TOKENS: json.dumps(self.tokens, indent=1, ensure_ascii=False) + "\n"} if self.tokens else {})
+
+    def give(self, tokenizer: Any) -> Tokens:
+        """Give it to a tokenizer. FileError where a token does not get the id that the adapter has a row for."""
+        if self.template is not None:
+            tokenizer.chat_template = self.template
+        found = add_tokens(tokenizer, list(self.tokens))
+        wrong = [token for token, number in self.tokens.items() if found.ids[token] != number]
+        if wrong:
+            raise FileError(
+                f"{self.folder}: the token {wrong[0]!r} was {self.tokens[wrong[0]]} in training and is "
+                f"{found.ids[wrong[0]]} here: another adapter's new tokens took its place, load one of them at a time; "
+                "or it is another tokenizer"
+            )
+        return found
 
 
-def use_kept(tokenizer: Any, folder: Path) -> None:
-    """Give the tokenizer what an adapter keeps: another template than in training costs half of what was learnt.
+def use_kept(tokenizer: Any, folder: Path) -> Tokens:
+    """Give the tokenizer what an adapter folder keeps: another template than in training costs half of what was learnt.
 
     FileError where a token does not get the id that the adapter has a row for.
     """
-    if (folder / TEMPLATE).is_file():
-        tokenizer.chat_template = (folder / TEMPLATE).read_text(encoding="utf-8")
-    wanted = kept_tokens(folder)
-    found = add_tokens(tokenizer, list(wanted)).ids
-    wrong = [token for token, number in wanted.items() if found[token] != number]
-    if wrong:
-        raise FileError(
-            f"{folder}: the token {wrong[0]!r} was {wanted[wrong[0]]} in training and is {found[wrong[0]]} here: another "
-            "adapter's new tokens took its place, load one of them at a time; or it is another tokenizer"
-        )
+    return read_kept(folder).give(tokenizer)
 
 
-def kept_tokens(folder: Path) -> dict[str, int]:
-    """The tokens of an adapter folder and their ids; none where it has no tokens of its own."""
+def read_kept(folder: Path) -> Kept:
+    """What an adapter folder keeps; nothing where it has neither file. FileError where one cannot be read."""
+    text, record = _text(folder / TEMPLATE), {}
     file = folder / TOKENS
-    if not file.is_file():
-        return {}
+    if file.is_file():
+        try:
+            record = json.loads(_text(file) or "")
+        except ValueError as error:
+            raise FileError(f"{file} cannot be read: {error}; fetch the adapter's folder again") from None
+        if not isinstance(record, dict) or not all(type(number) is int for number in record.values()):
+            raise FileError(f"{file} is not a table {{token: id}}: fetch the adapter's folder again")
+    return Kept(text, record, folder)
+
+
+def _text(file: Path) -> str | None:
+    """The text of a file, None where there is none."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        return file.read_text(encoding="utf-8") if file.is_file() else None
     except (ValueError, OSError) as error:
         raise FileError(f"{file} cannot be read: {error}; fetch the adapter's folder again") from None
-    if not isinstance(record, dict) or not all(type(number) is int for number in record.values()):
-        raise FileError(f"{file} is not a table {{token: id}}: fetch the adapter's folder again")
-    return record

@@ -13,7 +13,7 @@ from deltaw.config.schema import Config, DataConfig, Source
 from deltaw.core.errors import ConfigError
 from deltaw.data.dataset import DataReport, Encoder, encode_rows, split
 from deltaw.data.encode import Encoded, Policy
-from deltaw.data.kept import TEMPLATE, Tokens, add_tokens, kept_tokens
+from deltaw.data.kept import Kept, Tokens, add_tokens, read_kept
 from deltaw.data.preview import preview
 from deltaw.data.rows import Rows, read_rows
 from deltaw.data.sources import named
@@ -33,10 +33,10 @@ class Prepared:
     held_out_rows: Rows | None
     held_out_report: DataReport | None
     policy: Policy
-    own_template: bool
-    """Is the template another one than the base's own?"""
     tokens: Tokens
     """Tokens whose rows are trained."""
+    kept: Kept
+    """What the adapter keeps of the tokenizer."""
 
     @property
     def held_out_said(self) -> str:
@@ -56,19 +56,31 @@ class Prepared:
         return "learnt between ⟦ and ⟧:\n" + "\n  ---\n".join(parts)
 
 
-def prepare(config: Config) -> Prepared:
-    """Read, split and encode the rows. Raises DataError, ConfigError, FileError (the tokenizer)."""
+def brought(config: Config, checkpoint: Path | None = None) -> Kept:
+    """The template that is not the base's, and the tokens of the adapter that a run goes on from.
+
+    A run that is resumed has both beside its checkpoint's adapter: its parent and its template's file may be gone.
+    """
+    folder = config.adapter.start if checkpoint is None else checkpoint / "adapter"
+    found = Kept() if folder is None else read_kept(Path(folder))
+    if config.data.template and (checkpoint is None or found.template is None):
+        found = dataclasses.replace(found, template=template(config.data.template))
+    return found
+
+
+def prepare(config: Config, given: Kept | None = None) -> Prepared:
+    """Read, split and encode the rows. Raises DataError, ConfigError, FileError (the tokenizer).
+
+    given: the template and the tokens to go by, by default what `config` names.
+    """
     d, objective = config.data, config.train.objective
-    parent = None if config.adapter.start is None else Path(config.adapter.start)
-    given = d.template or (str(parent / TEMPLATE) if parent and (parent / TEMPLATE).is_file() else None)
-    chat = template(given) if given else None
+    given = brought(config) if given is None else given
     sides = [] if d.streaming else _read(d)  # faults of rows come before a tokenizer is looked for
     tokenizer, limit = load_tokenizer(config.model)
     if d.max_length is not None and limit is not None and d.max_length > limit:
         raise ConfigError(f"data.max_length={d.max_length} is more than {config.model!r} reads: at most {limit} tokens")
-    if chat is not None:
-        tokenizer.chat_template = chat
-    tokens = add_tokens(tokenizer, list(kept_tokens(parent)) if parent else d.tokens)
+    tokens = given.give(tokenizer)
+    tokens = tokens if tokens.ids else add_tokens(tokenizer, d.tokens)
     policy = Policy(
         d.max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH), d.train_on_prompt, d.turns, d.overflow
     )
@@ -79,7 +91,7 @@ def prepare(config: Config) -> Prepared:
         first, second = found[0], found[1] if len(found) > 1 else None
     return Prepared(
         tokenizer, first.encoded, first.report, second.encoded if second else (), second.rows if second else None,
-        second.report if second else None, policy, chat is not None, tokens,
+        second.report if second else None, policy, tokens, Kept(given.template, tokens.ids),
     )  # fmt: skip
 
 

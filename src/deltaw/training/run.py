@@ -29,7 +29,6 @@ from deltaw.core.host import host_of
 from deltaw.core.method import Site
 from deltaw.core.plan import TargetPlan
 from deltaw.data.collate import Collator
-from deltaw.data.kept import kept
 from deltaw.data.store import lengths
 from deltaw.formats import directory
 from deltaw.fusion.mlp import fused
@@ -43,7 +42,7 @@ from deltaw.runs.report import html_report
 from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, Steps, peak_memory
 from deltaw.training.facts import described, environment, facts, reporters, unchanged
 from deltaw.training.optimizer import build, groups
-from deltaw.training.prepare import Prepared, prepare
+from deltaw.training.prepare import Prepared, brought, prepare
 from deltaw.training.rows import attach_rows
 from deltaw.training.trainer import NAME, AdapterTrainer
 
@@ -113,14 +112,18 @@ def one_process() -> None:
 
 def _train(config: Config, run: RunDirectory, quiet: bool, resume: bool, shelf: Shelf) -> Run:
     began = time.monotonic()
-    data: Prepared = shelf.get("data", (config.model, config.data, config.train.objective), lambda: prepare(config))
+    checkpoint = run.last_checkpoint() if resume else None
+    given = brought(config, checkpoint)
+    data: Prepared = shelf.get(
+        "data", (config.model, config.data, config.train.objective), lambda: prepare(config, given)
+    )
     reporters(config.train.report_to)
     dtype, quantize = config.train.dtype, config.quantize
     wanted = (config.model, dtype, quantize)
     base: Base = shelf.get("base", wanted, lambda: load_base(config.model, dtype=dtype, quantize=quantize))
     base = dataclasses.replace(base, tokenizer=data.tokenizer)
     try:
-        return _on(base, config, run, data, quiet, resume, began)
+        return _on(base, config, run, data, quiet, checkpoint, began)
     finally:
         _bare(base, config.train.checkpointing)
 
@@ -134,10 +137,12 @@ def _bare(base: Base, checkpointing: bool) -> None:
         base.model.activation_checkpointing_disable()
 
 
-def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bool, resume: bool, began: float) -> Run:
+def _on(
+    base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bool, checkpoint: Path | None, began: float
+) -> Run:
+    resume = checkpoint is not None
     steps, every = _steps(config, len(data.encoded))
     set_seed(config.train.seed)
-    checkpoint = run.last_checkpoint() if resume else None
     plan, parents = _attach(config, base, run, checkpoint, data)
     known = {**facts(config, base, data, plan, steps), "parents": parents}
     packing = use_packing(config.data.packing, base.model, lengths(data.encoded), config.train.batch_size)
@@ -154,7 +159,7 @@ def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bo
     trainer = AdapterTrainer(
         base.model, run, config.train, steps, every, data.encoded, data.held_out,
         Collator(base.tokenizer, packing=packing), optimizer,
-        [Events(run), GradientCheck(run, NAME), Steps(base.model, NAME), stop, progress], score,
+        [Events(run), GradientCheck(run, NAME), Steps(base.model, NAME), stop, progress], score, data.kept.files,
     )  # fmt: skip
     run.log("resume" if resume else "start", steps=steps, trainable=plan.trainable, environment=environment())
     try:
@@ -184,7 +189,7 @@ def _on(base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bo
         "peak_memory": peak_memory(),
     }
     state = described(config, base, extract(base.model, NAME), outcome, parents)
-    directory.write(state, run.adapter, beside=kept(base.tokenizer, data.own_template, data.tokens))
+    directory.write(state, run.adapter, beside=data.kept.files)
     run.log("end", **outcome)
     write_text(run.path / "report.html", html_report(run))
     return Run(run.path, run.adapter, plan, reached, outcome["seconds"], losses)

@@ -64,9 +64,11 @@ class AdapterTrainer(Trainer):
         optimizer: torch.optim.Optimizer,
         callbacks: Iterable[Any],
         score: Callable[[], Mapping[str, float]] | None = None,
+        beside: Mapping[str, str] | None = None,
     ):
+        """beside: further text files of the adapter, for a run that is resumed."""
         self.run, self.config, self.held_out, self.sft = run, config, held_out, SFTLoss(model)
-        self.every, self.score = every, score
+        self.every, self.score, self.beside = every, score, beside or {}
         self.last_eval: tuple[int, float] | None = None
         self.kinds = kinds(model, NAME)
         scheduler = get_scheduler(
@@ -180,7 +182,7 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
         with whole_folder(self.run.checkpoint(step)) as folder:
-            directory.write(extract(self.model, NAME), folder / "adapter", finished=False)
+            directory.write(extract(self.model, NAME), folder / "adapter", beside=self.beside, finished=False)
             memory = self._memory()
             if memory:
                 save_file({key: buffer.contiguous().cpu() for key, buffer in memory.items()}, folder / MEMORY)
