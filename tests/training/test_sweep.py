@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 import deltaw
 from deltaw.cli import main as cli
 from deltaw.core.errors import ConfigError
+from deltaw.data.template import TEMPLATES
+from deltaw.runs.directory import RunDirectory
 from deltaw.training import run as training
 from deltaw.training.sweep import Ranked, combinations, sweep, table
 
@@ -52,6 +54,25 @@ def test_cells_are_what_single_runs_are(
     monkeypatch.setattr("deltaw.training.sweep.train", lambda *a, **k: trained.append(1) or one(*a, **k))
     again = sweep({**record, "output": str(tmp_path / "out")}, axes, seeds=2, quiet=True).ranking
     assert len(trained) == 1 and [r.values for r in again] == [r.values for r in ranked]
+
+
+def test_the_shelf_knows_what_the_rows_were_made_by(record: dict[str, Any], tmp_path: Path) -> None:
+    """The rows of one run are not taken for another's whose template or streamed answers differ."""
+    shelf, short = training.Shelf(), {**record["train"], "max_steps": 1}
+    for answers in (0, 2):
+        streamed = {**record, "data": {**record["data"], "streaming": True}, "output": str(tmp_path / f"s{answers}")}
+        run = training.train({**streamed, "train": {**short, "generate": answers}}, quiet=True, shelf=shelf)
+        scores = RunDirectory(run.path).events("scores")
+        assert all("exact_match" in event for event in scores) and len(scores) == answers
+    digests = []
+    for name in ("plain", "tiny"):
+        parent = tmp_path / name
+        shutil.copytree(run.adapter, parent)
+        (parent / "chat_template.jinja").write_text(TEMPLATES[name])
+        more = {**record, "adapter": {"from": str(parent)}, "train": short, "output": str(tmp_path / f"{name}-run")}
+        child = training.train(more, quiet=True, shelf=shelf)
+        digests.append(RunDirectory(child.path).plan()["digest"]["rows"])
+    assert digests[0] != digests[1]
 
 
 def test_a_wrong_cell_stops_before_the_first(record: dict[str, Any], tmp_path: Path) -> None:

@@ -68,6 +68,12 @@ def brought(config: Config, checkpoint: Path | None = None) -> Kept:
     return found
 
 
+def read_by(config: Config) -> tuple[Any, ...]:
+    """All that `prepare` reads of a configuration beside what is `brought`: where it is equal, so are the rows."""
+    kept = config.train.generate if config.data.streaming else None  # without streaming all rows are there
+    return config.model, config.data, config.train.objective, kept
+
+
 def prepare(config: Config, given: Kept | None = None) -> Prepared:
     """Read, split and encode the rows. Raises DataError, ConfigError, FileError (the tokenizer).
 

@@ -42,7 +42,7 @@ from deltaw.runs.report import html_report
 from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, Steps, peak_memory
 from deltaw.training.facts import described, environment, facts, reporters, unchanged
 from deltaw.training.optimizer import build, groups
-from deltaw.training.prepare import Prepared, brought, prepare
+from deltaw.training.prepare import Prepared, brought, prepare, read_by
 from deltaw.training.rows import attach_rows
 from deltaw.training.trainer import NAME, AdapterTrainer
 
@@ -114,9 +114,7 @@ def _train(config: Config, run: RunDirectory, quiet: bool, resume: bool, shelf: 
     began = time.monotonic()
     checkpoint = run.last_checkpoint() if resume else None
     given = brought(config, checkpoint)
-    data: Prepared = shelf.get(
-        "data", (config.model, config.data, config.train.objective), lambda: prepare(config, given)
-    )
+    data: Prepared = shelf.get("data", (*read_by(config), given), lambda: prepare(config, given))
     reporters(config.train.report_to)
     dtype, quantize = config.train.dtype, config.quantize
     wanted = (config.model, dtype, quantize)
