@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 import deltaw
 from deltaw.core.errors import ConfigError, DataError, FileError
-from deltaw.data.kept import TEMPLATE, TOKENS, add_tokens, use_kept
+from deltaw.data.kept import TEMPLATE, TOKENS, Tokens, add_tokens, use_kept
 from deltaw.data.template import TEMPLATES
 from deltaw.models.base import load_tokenizer
 from deltaw.ship.merge import merge_to_folder
 from deltaw.training.prepare import prepare
+from deltaw.training.rows import attach_rows, readable
 from deltaw.training.run import resume
 
 ACTS = ("<ACT_0>", "<ACT_1>", "<ACT_2>")
@@ -76,6 +77,26 @@ def test_new_rows_begin_as_the_mean_of_what_spelled_them(rows: Path, tmp_path: P
     with torch.no_grad():
         table = base.model.get_input_embeddings()
         torch.testing.assert_close(table(torch.tensor([4097]))[0], table.weight[pieces].mean(0), atol=1e-6, rtol=0)
+
+
+def test_a_start_from_data_reads_new_tokens(rows: Path, tmp_path: Path) -> None:
+    given = config(rows, tmp_path / "run")
+    given["adapter"] |= {"init": "eva"}
+    given["train"] |= {"max_steps": 1}
+    run = deltaw.train(given, quiet=True)
+    kinds = [target.method.name for target in run.plan.targets]
+    assert kinds.count("token_rows") == 1 and kinds.count("lora") == 42
+    assert run.plan.trainable == sum(t.numel() for t in load_file(run.adapter / "adapter_model.safetensors").values())
+
+
+def test_new_tokens_as_embeddings_are_what_their_first_rows_give() -> None:
+    base = deltaw.load_base("tiny", dtype="fp32")
+    tokens = Tokens({"<|end|>": 2, "<a>": 4096, "<b>": 4097}, {4096: [5, 6, 7], 4097: [8, 9]})
+    batch = {"input_ids": torch.tensor([[2, 4096, 5, 4097], [4097, 7, 7, 7]])}
+    with torch.no_grad():
+        early = base.model(**readable(base.model, batch, tokens)).logits
+        attach_rows(base.model, tokens)
+        torch.testing.assert_close(early, base.model(**batch).logits[..., :4096], atol=1e-5, rtol=1e-5)
 
 
 def test_a_run_goes_on_with_its_parents_tokens(run: Any, rows: Path, tmp_path: Path) -> None:

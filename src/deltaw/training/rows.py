@@ -1,5 +1,8 @@
 """Rows of new tokens, trained beside a method's adapters: on the embedding, and on a head that is not tied to it."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,6 +12,23 @@ from deltaw.core.plan import TargetPlan
 from deltaw.data.kept import Tokens
 from deltaw.methods.token_rows import TokenRows, TokenRowsAdapter, table_of
 from deltaw.training.trainer import NAME
+
+
+@torch.no_grad()
+def readable(model: nn.Module, batch: Mapping[str, Any], tokens: Tokens) -> dict[str, Any]:
+    """Inputs for a method that runs the model before it is attached (EVA), in which new tokens have their first rows.
+
+    batch: input_ids [B, T] and more; of new tokens become inputs_embeds [B, T, dim]. Their rows themselves come after the
+    method's adapters, so that a trained copy of a tied head goes first.
+    """
+    if not tokens.pieces:
+        return dict(batch)
+    embedding, ids = model.get_input_embeddings(), batch["input_ids"]  # type: ignore[operator]
+    new = torch.isin(ids, torch.tensor(list(tokens.pieces), device=ids.device))
+    embedded = embedding(torch.where(new, 0, ids))
+    for token, pieces in tokens.pieces.items():
+        embedded[ids == token] = embedding(torch.tensor(pieces, device=ids.device)).mean(0)
+    return {**{key: value for key, value in batch.items() if key != "input_ids"}, "inputs_embeds": embedded}
 
 
 def attach_rows(model: nn.Module, tokens: Tokens) -> TargetPlan | None:

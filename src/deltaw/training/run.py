@@ -43,7 +43,7 @@ from deltaw.training.callbacks import CleanStop, Events, GradientCheck, Progress
 from deltaw.training.facts import described, environment, facts, reporters, unchanged
 from deltaw.training.optimizer import build, groups
 from deltaw.training.prepare import Prepared, brought, prepare, read_by
-from deltaw.training.rows import attach_rows
+from deltaw.training.rows import attach_rows, readable
 from deltaw.training.trainer import NAME, AdapterTrainer
 
 FIRST_BATCHES = 64
@@ -224,7 +224,8 @@ def _inputs(base: Base, data: Prepared, size: int) -> Iterator[dict[str, Any]]:
     collate, device = Collator(base.tokenizer), next(base.model.parameters()).device
     for first in range(0, min(len(data.encoded), FIRST_BATCHES * size), size):
         batch = collate(data.encoded[first : first + size])
-        yield {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        there = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        yield readable(base.model, there, data.tokens)
 
 
 def _originals(config: Config) -> Callable[[Site], Tensor] | None:
