@@ -155,6 +155,21 @@ def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink() and (tmp_path / "a/tokenizer.json").exists()
 
 
+def test_template_and_tokens_are_the_adapters_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A write replaces them by its own, or leaves none: those of the adapter that stood there are another's."""
+    model, file = tuned(LoRA(rank=2)), tmp_path / "a" / "tokens.json"
+    for text in ('{"a": 1}', '{"b": 2}'):
+        deltaw.save(model, tmp_path / "a", beside={"tokens.json": text, "chat_template.jinja": text, "notes.txt": text})
+        assert {(file.parent / name).read_text() for name in ("tokens.json", "chat_template.jinja", "notes.txt")} == {
+            text
+        }
+    deltaw.save(model, tmp_path / "a", beside={"tokens.json": "{}"})
+    assert file.read_text() == "{}" and not (file.parent / "chat_template.jinja").exists() and not caplog.text
+    assert (file.parent / "notes.txt").read_text() == '{"b": 2}'
+    deltaw.save(model, tmp_path / "a")
+    assert not file.exists() and "tokens.json went with the adapter that was there" in caplog.text
+
+
 def test_places_that_are_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tuned(LoRA(rank=2))
     (tmp_path / "file").write_text("x")

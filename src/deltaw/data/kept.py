@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.core.errors import FileError
-
-TEMPLATE, TOKENS = "chat_template.jinja", "tokens.json"
+from deltaw.formats.directory import TEMPLATE, TOKENS
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@
     adapter_model.safetensors    the tensors, under PEFT's keys (layout peft) or path:slot:name (layout native)
     deltaw.json                  methods, shapes, identity of the base, digest, recipe (`deltaw.formats.manifest`)
     README.md                    a model card
+    chat_template.jinja, tokens.json   what the adapter needs of its tokenizer, where it does (`deltaw.data.kept`)
 
 A directory written by PEFT alone, without deltaw.json, reads too; its base is then unknown. Other files beside these
 (a tokenizer) are kept when the adapter is written again.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -34,8 +36,12 @@ from deltaw.formats.peft_write import to_nobody
 from deltaw.formats.weights import PICKLED, WEIGHTS, read_tensors
 
 CONFIG, OURS, CARD = "adapter_config.json", "deltaw.json", "README.md"
-WRITTEN = {CONFIG, WEIGHTS, PICKLED, OURS, CARD}
-"""What a write replaces; the pickle goes, its tensors are in the safetensors file."""
+TEMPLATE, TOKENS = "chat_template.jinja", "tokens.json"
+WRITTEN = {CONFIG, WEIGHTS, PICKLED, OURS, CARD, TEMPLATE, TOKENS}
+"""What a write replaces; the pickle goes, its tensors are in the safetensors file. Template and tokens are an adapter's
+own: those of the one that stood there before would be wrong for the next."""
+
+log = logging.getLogger("deltaw")
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,8 @@ def write(
     finished: bool = True,
 ) -> None:
     """Write `state` as the directory `path`, replacing an adapter that is there. `layout`: of the base, where known;
-    `beside`: further text files to put into it; finished=False keeps what only further training needs.
+    `beside`: further text files to put into it, {name: text}, where None warns of a template or tokens that go with the
+    adapter that was there; finished=False keeps what only further training needs.
 
     Methods and layers that PEFT has no format for are written in our own layout, under a peft_type it does not know.
     """
@@ -80,7 +87,8 @@ def write(
         tensors = {_native(s, name): t for s, group in state.tensors.items() for name, t in group.items()}
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     described = manifest.write(state, kind, tensors)
-    others = _others(folder)
+    others = [file for file in _others(folder) if file.name not in WRITTEN | set(beside or {})]
+    gone = [name for name in (TEMPLATE, TOKENS) if beside is None and (folder / name).exists()]
     try:
         with whole_folder(folder) as draft:
             save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
@@ -94,6 +102,11 @@ def write(
                 _keep(other, draft / other.name)
     except OSError as error:
         raise FileError(f"the adapter cannot be written to {folder}: {error.strerror or error}") from None
+    if gone:
+        log.warning(
+            "%s: %s went with the adapter that was there; where this one needs the same, give them to save as beside",
+            folder, " and ".join(gone),
+        )  # fmt: skip
 
 
 def read(path: str | Path, *, allow_pickle: bool = False, strict: bool = True) -> tuple[AdapterState, list[str]]:
@@ -168,7 +181,7 @@ def _by_site(tensors: Mapping[str, Tensor]) -> dict[Site, dict[str, Tensor]]:
 
 
 def _others(folder: Path) -> list[Path]:
-    """Files beside an adapter that is written again. FileError where `folder` is something else."""
+    """Files in the folder of an adapter that is written again. FileError where `folder` is something else."""
     if folder.name in ("", ".."):
         raise FileError(f"{str(folder)!r} would be replaced as a whole: give the adapter a folder of its own")
     if not folder.exists():
@@ -178,7 +191,7 @@ def _others(folder: Path) -> list[Path]:
     inside = sorted(folder.iterdir())
     if inside and not {CONFIG, WEIGHTS, PICKLED} & {file.name for file in inside}:
         raise FileError(f"{folder} exists and is not an adapter (it holds {inside[0].name}, …): give another folder")
-    return [file for file in inside if file.name not in WRITTEN]
+    return inside
 
 
 def _keep(source: Path, target: Path) -> None:

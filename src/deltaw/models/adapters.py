@@ -63,13 +63,22 @@ class LoadReport:
         return "\n".join([head, *left, *(f"  note: {note}" for note in self.notes)])
 
 
-def save(model: nn.Module, path: str | Path, *, name: str = "default", meta: Mapping[str, Any] | None = None) -> None:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str = "default",
+    meta: Mapping[str, Any] | None = None,
+    beside: Mapping[str, str] | None = None,
+) -> None:
     """Write adapter `name` as a directory: PEFT's two files where PEFT has a format for it, and deltaw.json.
 
-    `meta`: free facts kept with it (task_type, recipe, metrics), plain JSON values. The model is left as it is.
+    `meta`: free facts kept with it (task_type, recipe, metrics), plain JSON values; `beside`: text files to put with it,
+    {name: text}, such as the template and tokens it needs (`deltaw.data.kept.read_kept(folder).files`). The model is left
+    as it is.
     """
     state = dataclasses.replace(extract(model, name), meta=dict(meta or {}))
-    directory.write(state, path, layout=layout(model))
+    directory.write(state, path, layout=layout(model), beside=beside)
 
 
 def layout(model: nn.Module) -> Layout:
