@@ -140,6 +140,32 @@ def test_eval_generate_inspect_mix_merge(run, rows: Path, trained: Path, tmp_pat
     assert code == 2 and "not an empty folder" in err
 
 
+def test_template_and_tokens_of_several_adapters(run, trained: Path, tmp_path: Path) -> None:
+    """A mix has what its parts keep, and their digests; parts that want different things of one tokenizer are refused."""
+    import shutil
+
+    from deltaw.data.template import TEMPLATES
+    from deltaw.formats.directory import open_directory
+
+    for name in "ab":
+        shutil.copytree(trained / "adapter", tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(TEMPLATES["plain"])
+    (tmp_path / "b" / "tokens.json").write_text('{"<new>": 4096}')
+    code, _, err = run("mix", f"{tmp_path / 'a'}=0.7", f"{tmp_path / 'b'}=0.3", "--output", tmp_path / "mixed")
+    assert code == 0, err
+    assert (tmp_path / "mixed" / "chat_template.jinja").read_text() == TEMPLATES["plain"]
+    assert json.loads((tmp_path / "mixed" / "tokens.json").read_text()) == {"<new>": 4096}
+    meta = open_directory(tmp_path / "mixed").state.meta
+    assert meta["parents"] == [open_directory(tmp_path / "a").digest] * 2 and meta["weights"] == [0.7, 0.3]
+    assert meta["task_type"] == "CAUSAL_LM"
+    (tmp_path / "a" / "chat_template.jinja").unlink()
+    (tmp_path / "a" / "tokens.json").write_text('{"<other>": 4096}')
+    both = ["--adapter", tmp_path / "a", "--adapter", tmp_path / "b"]
+    for verb in (["mix", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "no"], ["generate", "x", *both]):
+        code, _, err = run(*verb)
+        assert code == 2 and "copy the chat_template.jinja to go by" in err and "'<new>' is 4096, which" in err
+
+
 def test_merging_nothing_is_refused(run, tmp_path: Path) -> None:
     import deltaw
 

@@ -163,6 +163,8 @@ def test_template_and_tokens_are_the_adapters_own(tmp_path: Path, caplog: pytest
         assert {(file.parent / name).read_text() for name in ("tokens.json", "chat_template.jinja", "notes.txt")} == {
             text
         }
+    report = deltaw.load(net(), tmp_path / "a", allow_base_mismatch=True)
+    assert "trained with chat_template.jinja and tokens.json: deltaw.data.kept.use_kept(tokenizer, " in str(report)
     deltaw.save(model, tmp_path / "a", beside={"tokens.json": "{}"})
     assert file.read_text() == "{}" and not (file.parent / "chat_template.jinja").exists() and not caplog.text
     assert (file.parent / "notes.txt").read_text() == '{"b": 2}'

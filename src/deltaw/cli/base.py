@@ -36,7 +36,7 @@ def load_all(
 
     from deltaw.core.errors import UseError
     from deltaw.core.route import use
-    from deltaw.data.kept import use_kept
+    from deltaw.data.kept import read_kept, together
     from deltaw.models.adapters import load
     from deltaw.models.base import base_of_adapter, load_base, named_quantization
 
@@ -48,10 +48,13 @@ def load_all(
         quantize = named_quantization(Path(folders[0][0]), name) if folders else "none"
     base = load_base(name, dtype=dtype, quantize=quantize)
     route, own = {}, copy.deepcopy(base.tokenizer)
+    kept = [read_kept(Path(folder)) for folder, _ in folders]
+    together(kept, base.tokenizer.chat_template)
     for number, (folder, strength) in enumerate(folders):
         load(base.model, folder, name=f"adapter{number}", allow_base_mismatch=mismatch, allow_pickle=pickle)
         route[f"adapter{number}"] = strength
-        use_kept(base.tokenizer, Path(folder))
+    for one in kept:
+        one.give(base.tokenizer)
     use(base.model, {})
     own.chat_template = base.tokenizer.chat_template
     return base, route, own

@@ -1,7 +1,8 @@
 """deltaw mix: several adapters into one file."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,22 +20,35 @@ def mix(
     as_json: Json = False,
 ) -> None:
     """Several adapters into one, the exact weighted sum of their changes (its rank is the sum of theirs)."""
+    import dataclasses
+
     from deltaw.analysis.norms import norms
     from deltaw.core.errors import UseError
     from deltaw.core.files import must_be_free
+    from deltaw.data.kept import read_kept, together
     from deltaw.formats import directory
     from deltaw.mixing.exact import exact
 
     must_be_free(output)
     pairs = [with_strength(part) for part in parts]
-    states = [directory.read(folder, allow_pickle=allow_pickle)[0] for folder, _ in pairs]
-    mixed = exact(states, [weight for _, weight in pairs])
+    stored = [directory.open_directory(folder, allow_pickle=allow_pickle) for folder, _ in pairs]
+    kept = together([read_kept(Path(folder)) for folder, _ in pairs])
+    weights = [weight for _, weight in pairs]
+    mixed = exact([one.state for one in stored], weights)
     if all(norm == 0 for norm in norms(mixed).values()):
         raise UseError("the mix would change nothing at all: every weight, or every adapter's change, is zero")
-    directory.write(mixed, output)
+    meta = _shared([one.state.meta for one in stored])
+    meta |= {"parents": [one.digest for one in stored], "weights": weights}
+    directory.write(dataclasses.replace(mixed, meta=meta), output, beside=kept.files)
     record = {
         "adapter": str(output),
         "parts": [{"adapter": folder, "weight": weight} for folder, weight in pairs],
         "parameters": mixed.parameters,
     }
     show(record, as_json, f"{output}: {' + '.join(f'{w:g} × {f}' for f, w in pairs)}, {mixed.parameters:,} parameters")
+
+
+def _shared(metas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is as true of a mix as of each of its parts."""
+    known = {key: metas[0].get(key) for key in ("task_type", "chat_template", "mask")}
+    return {k: v for k, v in known.items() if v is not None and all(meta.get(k) == v for meta in metas)}

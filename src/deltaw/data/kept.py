@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltaw.core.errors import FileError
+from deltaw.core.errors import FileError, UseError, faults
 from deltaw.formats.directory import TEMPLATE, TOKENS
 
 
@@ -70,12 +70,12 @@ class Kept:
         return found
 
 
-def use_kept(tokenizer: Any, folder: Path) -> Tokens:
+def use_kept(tokenizer: Any, folder: str | Path) -> Tokens:
     """Give the tokenizer what an adapter folder keeps: another template than in training costs half of what was learnt.
 
     FileError where a token does not get the id that the adapter has a row for.
     """
-    return read_kept(folder).give(tokenizer)
+    return read_kept(Path(folder)).give(tokenizer)
 
 
 def read_kept(folder: Path) -> Kept:
@@ -90,6 +90,34 @@ def read_kept(folder: Path) -> Kept:
         if not isinstance(record, dict) or not all(type(number) is int for number in record.values()):
             raise FileError(f"{file} is not a table {{token: id}}: fetch the adapter's folder again")
     return Kept(text, record, folder)
+
+
+def together(parts: Sequence[Kept], own: str | None = None) -> Kept:
+    """What several adapters keep, as one tokenizer can have it. UseError where they want different things of it.
+
+    own: the base's template, which those without a template were trained with.
+    """
+    found, tokens, first = [], dict[str, int](), parts[0] if parts else Kept()
+    for one in parts[1:]:
+        if (one.template or own) != (first.template or own):
+            found.append(
+                f"{first.folder} and {one.folder} were trained with different templates: use one at a time, or copy the "
+                f"{TEMPLATE} to go by into the other folder"
+            )
+    for one in parts:
+        taken = {number: token for token, number in tokens.items()}
+        for token, number in one.tokens.items():
+            if tokens.get(token, number) != number or taken.get(number, token) != token:
+                found.append(
+                    f"{one.folder}: its token {token!r} is {number}, which another of these adapters has otherwise: use one "
+                    "at a time, or train one from the other (adapter.from)"
+                )
+                break
+        tokens |= one.tokens
+    if found:
+        raise faults(UseError, "these adapters do not go together", found)
+    ordered = dict(sorted(tokens.items(), key=lambda item: item[1]))  # new ones are added in the order of their ids
+    return Kept(next((one.template for one in parts if one.template is not None), None), ordered)
 
 
 def _text(file: Path) -> str | None:

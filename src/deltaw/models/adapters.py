@@ -47,20 +47,31 @@ class LoadReport:
     """Of the tensors in the folder."""
     left_out: tuple[str, ...] = ()
     """With strict=False: what did not fit, and why."""
+    keeps: str | None = None
+    """Where the folder keeps a template or tokens: how a tokenizer gets them."""
 
-    def __str__(self) -> str:
+    @property
+    def said(self) -> str:
+        """Which base it was trained on."""
         named = f" ({self.base_name})" if self.base_name else ""
-        said = {
+        unknown = "the file does not say which base it was trained on"
+        return {
             "match": f"trained on this base{named}",
             "mismatch": f"trained on another base{named}, allowed",
-            "unknown": f"the file does not say which base it was trained on, beyond a name{named}"
-            if named
-            else "the file does not say which base it was trained on",
+            "unknown": f"{unknown}, beyond a name{named}" if named else unknown,
         }[self.base]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What someone must hear who asked for nothing: a base that is not known to be the right one, and the notes."""
+        return [*([] if self.base == "match" else [self.said]), *self.notes]
+
+    def __str__(self) -> str:
         size = f", ‖ΔW‖ {self.change:.3g}" if self.change else ""
-        head = f"adapter {self.name!r}: {self.sites} sites, {self.parameters:,} parameters{size}; {said}"
+        head = f"adapter {self.name!r}: {self.sites} sites, {self.parameters:,} parameters{size}; {self.said}"
         left = [f"  left out: {fault}" for fault in self.left_out]
-        return "\n".join([head, *left, *(f"  note: {note}" for note in self.notes)])
+        notes = [*self.notes, *([self.keeps] if self.keeps else [])]
+        return "\n".join([head, *left, *(f"  note: {note}" for note in notes)])
 
 
 def save(
@@ -146,7 +157,15 @@ def load(
         change,
         stored.digest,
         tuple(left),
+        _keeps(Path(path)),
     )
+
+
+def _keeps(folder: Path) -> str | None:
+    kept = [file for file in (directory.TEMPLATE, directory.TOKENS) if (folder / file).is_file()]
+    if not kept:
+        return None
+    return f"it was trained with {' and '.join(kept)}: deltaw.data.kept.use_kept(tokenizer, {str(folder)!r}) sets them"
 
 
 def _base_answer(model: nn.Module, stored: directory.Stored) -> tuple[Answer, str | None]:
