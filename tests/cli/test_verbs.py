@@ -166,6 +166,42 @@ def test_template_and_tokens_of_several_adapters(run, trained: Path, tmp_path: P
         assert code == 2 and "copy the chat_template.jinja to go by" in err and "'<new>' is 4096, which" in err
 
 
+def test_what_loading_says_goes_to_stderr(run, rows: Path, trained: Path, tmp_path: Path) -> None:
+    """A base that is not known to be the right one is heard of, in every verb and in a run, and never on stdout."""
+    import shutil
+
+    from deltaw.runs.directory import RunDirectory
+
+    shutil.copytree(trained / "adapter", tmp_path / "a")
+    (tmp_path / "a" / "deltaw.json").unlink()
+    words = f"note: {tmp_path / 'a'}: the file does not say which base it was trained on"
+    for verb in (
+        ["generate", "x", "--adapter", tmp_path / "a", "--max-new-tokens", 1],
+        ["merge", tmp_path / "a", "--model", "tiny", "--output", tmp_path / "merged"],
+        ["train", "model=tiny", f"data.train={rows}", "data.eval=null", f"adapter.from={tmp_path / 'a'}",
+         "train.max_steps=1", f"output={tmp_path / 'run'}"],
+    ):  # fmt: skip
+        code, out, err = run(*verb, "--json")
+        assert code == 0 and words in err and "note" not in out and "remarks" not in json.loads(out), err
+    (warning,) = RunDirectory(tmp_path / "run").events("warning")
+    assert words.removeprefix("note: ") in warning["text"]
+    assert "note:" not in run("generate", "x", "--adapter", trained / "adapter", "--max-new-tokens", 1)[2]
+
+
+def test_adapters_of_differently_quantised_bases_ask_how_to_load_it(run, trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(trained / "adapter", tmp_path / "b")
+    manifest = json.loads((tmp_path / "b" / "deltaw.json").read_text())
+    manifest["base"]["quantized"] = "nf4"
+    (tmp_path / "b" / "deltaw.json").write_text(json.dumps(manifest))
+    both = ["generate", "x", "--adapter", trained / "adapter", "--adapter", tmp_path / "b", "--max-new-tokens", 1]
+    code, _, err = run(*both)
+    assert code == 2 and "differently quantised" in err and f"{tmp_path / 'b'}: nf4" in err and "--quantize" in err
+    code, _, err = run(*both, "--quantize", "none")
+    assert code == 0 and "trained on the base in nf4, this one is unquantised" in err
+
+
 def test_merging_nothing_is_refused(run, tmp_path: Path) -> None:
     import deltaw
 

@@ -4,6 +4,8 @@ Results go to stdout, progress and errors to stderr; --json prints one object on
 """
 
 import json
+import sys
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -37,3 +39,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable o
 def show(record: dict[str, Any], as_json: bool, text: str) -> None:
     """Print a result: the record as JSON, or the text for people."""
     print(json.dumps(record, ensure_ascii=False, default=str) if as_json else text)
+
+
+def tell(subject: object, remarks: Iterable[str]) -> None:
+    """Remarks for people on stderr: never part of a result."""
+    for remark in remarks:
+        print(f"note: {subject}: {remark}", file=sys.stderr)

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from deltaw.cli.app import tell
+
 Model = Annotated[
     str | None,
     typer.Option(help="The base: folder, hub id or `tiny`. Default: the one the adapter names.", show_default=False),
@@ -45,19 +47,33 @@ def load_all(
         raise UseError("give a base with --model, or an adapter with --adapter that names one")
     name = model or base_of_adapter(Path(folders[0][0]))
     if quantize is None:
-        quantize = named_quantization(Path(folders[0][0]), name) if folders else "none"
+        quantize = _quantization({folder: named_quantization(Path(folder), name) for folder, _ in folders})
     base = load_base(name, dtype=dtype, quantize=quantize)
     route, own = {}, copy.deepcopy(base.tokenizer)
     kept = [read_kept(Path(folder)) for folder, _ in folders]
     together(kept, base.tokenizer.chat_template)
     for number, (folder, strength) in enumerate(folders):
-        load(base.model, folder, name=f"adapter{number}", allow_base_mismatch=mismatch, allow_pickle=pickle)
+        report = load(base.model, folder, name=f"adapter{number}", allow_base_mismatch=mismatch, allow_pickle=pickle)
+        tell(folder, report.remarks)
         route[f"adapter{number}"] = strength
     for one in kept:
         one.give(base.tokenizer)
     use(base.model, {})
     own.chat_template = base.tokenizer.chat_template
     return base, route, own
+
+
+def _quantization(named: dict[str, str]) -> str:
+    """How to load the base for these adapters: {folder: as it was trained}."""
+    from deltaw.core.errors import UseError
+
+    kinds = list(dict.fromkeys(kind for folder, kind in named.items() if Path(folder).is_dir()))
+    if len(kinds) > 1:
+        listed = ", ".join(f"{folder}: {kind}" for folder, kind in named.items())
+        raise UseError(
+            f"these adapters were trained on differently quantised bases ({listed}): say how to load it, --quantize {kinds[0]}"
+        )
+    return kinds[0] if kinds else "none"
 
 
 def with_strength(text: str) -> tuple[str, float]:

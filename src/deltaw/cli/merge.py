@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from deltaw.cli.app import Json, app, show
+from deltaw.cli.app import Json, app, show, tell
 from deltaw.cli.base import Mismatch, Model, Pickle, Quantize
 
 
@@ -36,10 +36,13 @@ def merge(
         model or base_of_adapter(adapter), adapter, output, dtype=dtype, into=into, quantize=quantize,
         allow_base_mismatch=allow_base_mismatch, allow_pickle=allow_pickle,
     )  # fmt: skip
+    tell(adapter, done.remarks)
     text = (
         f"{done.path}: {done.weights} weights merged, written in {done.dtype}, read back and checked\n"
         f"largest logit difference to the adapter {done.max_logit_difference:.3g}, effect of the adapter {done.effect:.3g}"
     )
     if done.round_trip is not None:
         text = f"{text}\n{done.round_trip}"
-    show(dataclasses.asdict(done), as_json, text)
+    record = dataclasses.asdict(done)
+    del record["remarks"]  # said on stderr
+    show(record, as_json, text)

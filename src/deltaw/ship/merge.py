@@ -22,7 +22,7 @@ from deltaw.core.merge import merge as merge_live
 from deltaw.core.route import use
 from deltaw.data.kept import use_kept
 from deltaw.methods.token_rows import TokenRowsAdapter
-from deltaw.models.adapters import load
+from deltaw.models.adapters import LoadReport, load
 from deltaw.models.base import load_base, named_quantization, pick_dtype, read_config, require_transformers
 from deltaw.models.quantize import method_of
 from deltaw.ship.roundtrip import RoundTrip, decoded, put, round_trip
@@ -46,6 +46,8 @@ class Shipped:
     """Which weights of the base it went into: the original ones, or those read back from the quantised base."""
     round_trip: RoundTrip | None = None
     """Of an adapter that was trained on a quantised base: how far both ways are from what training saw."""
+    remarks: tuple[str, ...] = ()
+    """What loading the adapter said of it and of its base."""
 
 
 def merge_to_folder(
@@ -68,7 +70,8 @@ def merge_to_folder(
     found = _trained_on(model, adapter, quantize, into, allowed_files) if quantize != "none" else None
     base = load_base(model, dtype="fp32", device=torch.device("cpu"))
     checked = {"allow_base_mismatch": True} if found is not None else {}  # it is the right one for the quantised base
-    load(base.model, adapter, name="merged", **{**allowed_files, **checked})
+    report = load(base.model, adapter, name="merged", **{**allowed_files, **checked})
+    remarks = tuple((report if found is None else found[2]).remarks)
     use_kept(base.tokenizer, Path(adapter))
     ids = probe(base.model)
     ways: dict[str, Mapping[str, Tensor]] = {}
@@ -99,7 +102,8 @@ def merge_to_folder(
                 f"the merged model differs from the adapter by {difference:.3g} in its logits, more than {allowed:.3g}: "
                 f"nothing was written. Merge with dtype fp32 to see whether rounding is the cause"
             )
-    return Shipped(target, str(written).removeprefix("torch."), merged.weights, difference, effect, into, compared)
+    kind = str(written).removeprefix("torch.")
+    return Shipped(target, kind, merged.weights, difference, effect, into, compared, remarks)
 
 
 def _possible(model: str, into: str, quantize: str) -> None:
@@ -120,16 +124,16 @@ def _possible(model: str, into: str, quantize: str) -> None:
 
 def _trained_on(
     model: str, adapter: str | Path, quantize: str, into: str, allowed: Mapping[str, bool]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Weights read back from the quantised base, and the logits of the adapter on it."""
+) -> tuple[dict[str, Tensor], Tensor, LoadReport]:
+    """Weights read back from the quantised base, the logits of the adapter on it, and what loading it said."""
     base = load_base(model, dtype="fp32", device=torch.device("cpu"), quantize=quantize)
-    load(base.model, adapter, name="merged", **allowed)
+    report = load(base.model, adapter, name="merged", **allowed)
     if into == "original" and any(one.method.corrects for one in adapters(base.model, "merged").values()):
         raise UseError(
             "this adapter makes up for what quantising rounds off (init: loftq), the original weights would be corrected "
             "for what they do not lack: merge with into dequantized (--into dequantized)"
         )
-    return decoded(base.model), logits(base.model, probe(base.model))
+    return decoded(base.model), logits(base.model, probe(base.model)), report
 
 
 def _grow(model: nn.Module, name: str) -> None:

@@ -9,7 +9,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def _on(
     resume = checkpoint is not None
     steps, every = _steps(config, len(data.encoded))
     set_seed(config.train.seed)
-    plan, parents = _attach(config, base, run, checkpoint, data)
+    plan, parents, remarks = _attach(config, base, run, checkpoint, data)
     known = {**facts(config, base, data, plan, steps), "parents": parents}
     packing = use_packing(config.data.packing, base.model, lengths(data.encoded), config.train.batch_size)
     score = _scorer(config, base, data, run)
@@ -152,7 +152,7 @@ def _on(
         run.create(config.to_dict(), deltaw.__version__)
     run.write_plan(known)
     progress, stop = ProgressBar(quiet), CleanStop()
-    _announce(progress, base, data, plan)
+    _announce(progress, base, data, plan, remarks)
     base.model.train()
     trainer = AdapterTrainer(
         base.model, run, config.train, steps, every, data.encoded, data.held_out,
@@ -160,6 +160,8 @@ def _on(
         [Events(run), GradientCheck(run, NAME), Steps(base.model, NAME), stop, progress], score, data.kept.files,
     )  # fmt: skip
     run.log("resume" if resume else "start", steps=steps, trainable=plan.trainable, environment=environment())
+    for remark in remarks:
+        run.log("warning", text=remark)
     try:
         if data.held_out and not resume:
             trainer.evaluate()
@@ -201,22 +203,25 @@ def _was_over(run: RunDirectory, checkpoint: Path, steps: int) -> bool:
 
 def _attach(
     config: Config, base: Base, run: RunDirectory, checkpoint: Path | None, data: Prepared
-) -> tuple[TargetPlan, list[str]]:
-    """Fresh adapters, those of the checkpoint, or those that the run goes on from; and the digests of its parents."""
+) -> tuple[TargetPlan, list[str], list[str]]:
+    """Fresh adapters, those of the checkpoint, or those that the run goes on from; the digests of its parents; and what
+    there is to say of them."""
     chosen = config.adapter
     if chosen.start is None and checkpoint is None:
         plan = attach(
             base.model, chosen.method, targets=chosen.targets, exclude=chosen.exclude, layers=chosen.layers, name=NAME,
             batches=_inputs(base, data, config.train.batch_size), weights=_originals(config),
         )  # fmt: skip
-        return attach_rows(base.model, data.tokens) or plan, []
+        return attach_rows(base.model, data.tokens) or plan, [], []
+    remarks = []
     if checkpoint is not None:  # also where it had a parent, which may be gone; the trainer asks for the base
         load(base.model, checkpoint / "adapter", name=NAME, allow_base_mismatch=True)
         parents = run.plan().get("parents", [])
     else:
-        parents = [load(base.model, str(chosen.start), name=NAME).digest]
+        report = load(base.model, str(chosen.start), name=NAME)
+        parents, remarks = [report.digest], [f"{chosen.start}: {remark}" for remark in report.remarks]
     trainable(base.model, NAME)
-    return plan_of(base.model, NAME), parents
+    return plan_of(base.model, NAME), parents, remarks
 
 
 def _inputs(base: Base, data: Prepared, size: int) -> Iterator[dict[str, Any]]:
@@ -257,10 +262,12 @@ def _scorer(config: Config, base: Base, data: Prepared, run: RunDirectory) -> Ca
     return score
 
 
-def _announce(progress: ProgressBar, base: Base, data: Prepared, plan: TargetPlan) -> None:
+def _announce(progress: ProgressBar, base: Base, data: Prepared, plan: TargetPlan, remarks: Sequence[str]) -> None:
     size = f"{len(plan)} adapters, {plan.trainable:,} trainable of {plan.base_parameters:,}"
     progress.console.print(f"[bold]{base.name}[/]  {size}", highlight=False)
     progress.console.print(f"{data.report}\n{data.held_out_said}", highlight=False)
+    for remark in remarks:
+        progress.console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
     progress.console.print(data.shown(), highlight=False, markup=False, soft_wrap=True)
 
 
