@@ -242,6 +242,12 @@ def test_impossible_fields_are_named_together() -> None:
         AdaLoRA(tinit=2.5)
     with pytest.raises(UseError, match=r"tinit=10 and tfinal=30 leave no steps of 40"):
         PAPER.phases(40)
+    with pytest.raises(ConfigError) as error:
+        AdaLoRA(alpha="x", dropout="x", orth=float("nan"), tinit="x", tfinal=float("inf"), beta1=None)  # type: ignore[arg-type]
+    for words in ("alpha='x' is not", "dropout='x' is not", "orth=nan is", "tinit='x'", "tfinal=inf", "beta1=None"):
+        assert words in str(error.value)
+    with pytest.raises(ConfigError, match="alpha=inf is not a positive number"):
+        AdaLoRA(alpha=float("inf"))
 
 
 def test_what_counts_for_all_adapters_of_a_name_cannot_differ() -> None:

@@ -252,3 +252,18 @@ def test_sweeps_refuse_what_would_mislead(rows: Path, tmp_path: Path) -> None:
         sweep(record, {"adapter.rank": [2]}, measure="bleu", quiet=True)
     done = sweep(config(rows, tmp_path / "rates", clip=0, warmup=0), {"train.learning_rate": [1e30, 1e-3]}, quiet=True)
     assert [r.settings for r in done.ranking] == [{"train.learning_rate": 1e-3}] and len(done.failed) == 1
+
+
+def test_the_best_adapter_is_sought_where_its_form_is_final(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation before AdaLoRA's budget is reached cannot be the best one: finishing with it would undo the pruning."""
+    rising = iter(range(1, 99))
+    monkeypatch.setattr("deltaw.training.trainer.mean_loss", lambda *_: float(next(rising)))
+    adapter = {"method": "adalora", "rank": 6, "target_rank": 2, "targets": "q_proj", "tinit": 2, "tfinal": 0.4}
+    given = config(rows, tmp_path / "run", adapter, max_steps=10, best=True, early_stopping=1)
+    run = deltaw.train(given, quiet=True)
+    lambdas = [tensor for key, tensor in tensors(run).items() if "lora_E" in key]
+    assert sum(int((tensor != 0).sum()) for tensor in lambdas) == 2 * 6
+    losses = [event["loss"] for event in RunDirectory(run.path).events("eval")]
+    assert run.steps == 8 and run.losses["held_out"] == losses[3]  # of step 6, the first with the final budget

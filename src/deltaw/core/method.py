@@ -131,6 +131,10 @@ class Method:
         What it must remember are buffers of the adapters that are not persistent: checkpoints keep them, files do not.
         """
 
+    def settled(self, step: int, total: int) -> bool:
+        """Has the adapter after step `step` of `total` the form that it ends with? The best one is sought among those."""
+        return True
+
     def rates(self) -> Mapping[str, float]:
         """Factors of the learning rate for some of its tensors, by name; those left out have 1."""
         return {}

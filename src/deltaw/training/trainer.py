@@ -135,6 +135,8 @@ class AdapterTrainer(Trainer):
     def _compare(self, loss: float) -> None:
         """Keep the adapter of the best evaluation so far; stop after too many that are no better."""
         state, config = self.state, self.config
+        if not all(method.settled(state.global_step, state.max_steps) for method, _ in self.kinds):
+            return
         if state.best_metric is None or loss < state.best_metric:
             state.best_metric, state.best_global_step = loss, state.global_step
             if config.best:
