@@ -8,9 +8,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import deltaw
 from deltaw.core.errors import BaseMismatchError, FileError, MergeError, UseError
+from deltaw.data.kept import Kept, Tokens
+from deltaw.methods.token_rows import TokenRowsAdapter
 from deltaw.models.base import TINY
 from deltaw.ship import merge as shipping
 from deltaw.ship.merge import logits, merge_to_folder, probe
+from deltaw.training.rows import attach_rows
 
 
 def trained(model: torch.nn.Module, folder: Path, targets: object = "all-linear", std: float = 0.05) -> Path:
@@ -89,3 +92,27 @@ def test_conv1d_with_a_tied_head(tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "gpt2")
     done = merge_to_folder(str(tmp_path / "gpt2"), trained(model, tmp_path / "a"), tmp_path / "merged")
     assert done.dtype == "float32" and done.max_logit_difference < 1e-4 < done.effect
+
+
+def test_rows_of_new_tokens_are_verified_where_nothing_ties_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=4096, n_positions=64, tie_word_embeddings=False)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "gpt2")
+    attach_rows(model, Tokens({"<end>": 7, "<new>": 4096}, {4096: [5, 6]}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    deltaw.save(model, tmp_path / "a", beside=Kept(tokens={"<new>": 4096}).files)
+    assert merge_to_folder(str(tmp_path / "gpt2"), tmp_path / "a", tmp_path / "merged").effect > 0
+    whole = TokenRowsAdapter.merged
+
+    def without_input_rows(self: TokenRowsAdapter, weight: torch.Tensor) -> torch.Tensor:
+        return weight if self.spec.lookup else whole(self, weight)
+
+    monkeypatch.setattr(TokenRowsAdapter, "merged", without_input_rows)
+    with pytest.raises(MergeError):
+        merge_to_folder(str(tmp_path / "gpt2"), tmp_path / "a", tmp_path / "again")

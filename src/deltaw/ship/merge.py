@@ -73,15 +73,16 @@ def merge_to_folder(
     report = load(base.model, adapter, name="merged", **{**allowed_files, **checked})
     remarks = tuple((report if found is None else found[2]).remarks)
     use_kept(base.tokenizer, Path(adapter))
-    ids = probe(base.model)
+    ids = _probe(base.model, "merged")
+    known = (ids < base.model.get_input_embeddings().weight.shape[0]).all(1)
     ways: dict[str, Mapping[str, Tensor]] = {}
     if found is not None:
         ways = {"original": put(base.model, found[0]), "dequantized": found[0]}
         put(base.model, ways[into])
     tuned = logits(base.model, ids)
     with use(base.model, {}):
-        plain = logits(base.model, ids)
-    effect = float((tuned[..., : plain.shape[-1]] - plain).abs().max())
+        plain = logits(base.model, ids[known])
+    effect = float((tuned[known][..., : plain.shape[-1]] - plain).abs().max())
     _grow(base.model, "merged")
     compared = None
     if found is not None:
@@ -133,18 +134,34 @@ def _trained_on(
             "this adapter makes up for what quantising rounds off (init: loftq), the original weights would be corrected "
             "for what they do not lack: merge with into dequantized (--into dequantized)"
         )
-    return decoded(base.model), logits(base.model, probe(base.model)), report
+    return decoded(base.model), logits(base.model, _probe(base.model, "merged")), report
 
 
 def _grow(model: nn.Module, name: str) -> None:
     """Where adapter `name` brings rows of new tokens, make the base's tables as large as they need."""
-    rows = [a for a in adapters(model, name).values() if isinstance(a, TokenRowsAdapter)]
-    size = max((token + 1 for adapter in rows for token in adapter.new), default=0)
-    if size:
+    size = max(_tokens(model, name), default=-1) + 1
+    if size > model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator]
         state = extract(model, name)
         detach(model, name)
         model.resize_token_embeddings(size, mean_resizing=False)  # type: ignore[operator]
         insert(model, state, name=name)
+
+
+def _tokens(model: nn.Module, name: str) -> list[int]:
+    """The tokens whose rows adapter `name` brings."""
+    rows = [a for a in adapters(model, name).values() if isinstance(a, TokenRowsAdapter)]
+    return sorted({token for adapter in rows for token in adapter.tokens})
+
+
+def _probe(model: nn.Module, name: str, most: int = 96) -> Tensor:
+    """`probe`, and rows in which every second id is a token of adapter `name`: else nothing would read their rows."""
+    tokens, first = _tokens(model, name), probe(model)
+    tokens = tokens[:: -(-len(tokens) // most)] if tokens else []
+    width = first.shape[1]
+    more = probe(model, -(-len(tokens) // (width // 2)), width)
+    places = torch.arange(more.numel()).view(more.shape)[:, 1::2].flatten()[: len(tokens)]
+    more.view(-1)[places] = torch.tensor(tokens, dtype=more.dtype)
+    return torch.cat([first, more])
 
 
 def probe(model: nn.Module, rows: int = 4, length: int = 24) -> Tensor:
