@@ -183,6 +183,7 @@ def test_loftq_starts_nearer_and_stays_on_its_base(
     assert apart < 0.95 * plain
     done = deltaw.train(config(rows, tmp_path / "run", init="loftq", niter=4), quiet=True, shelf=shelf)
     assert done.losses["held_out"] < done.losses["base"]
+    assert "belongs to the quantised base (nf4) and to no other" in (done.adapter / "README.md").read_text()
     assert deltaw.load(base.model, done.adapter, name="again").base == "match"
     tuned = logits(base.model, ids)
     deltaw.detach(base.model, "again")
