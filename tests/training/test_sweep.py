@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,6 +82,32 @@ def test_a_wrong_cell_stops_before_the_first(record: dict[str, Any], tmp_path: P
     with pytest.raises(ConfigError, match=r"set data\.eval"):
         sweep({**record, "data": {**record["data"], "eval": None}}, {"adapter.rank": [2]}, quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["device", "python", "cpu"],
+)
+def test_a_cell_without_enough_memory_is_listed(
+    record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def train(config: Any, **_: Any) -> None:
+        if config.adapter.method.rank == 4:
+            raise error
+        (Path(config.output) / "adapter").mkdir(parents=True)
+
+    monkeypatch.setattr("deltaw.training.sweep.train", train)
+    monkeypatch.setattr(
+        "deltaw.training.sweep.summarise", lambda _: SimpleNamespace(losses={"held_out": 1.0}, scores={})
+    )
+    done = sweep({**record, "output": str(tmp_path / "out")}, {"adapter.rank": [4, 2]}, quiet=True)
+    assert [r.settings for r in done.ranking] == [{"adapter.rank": 2}]
+    assert list(done.failed.values()) == [str(error) or "MemoryError"]
 
 
 def test_ranking_says_when_it_may_be_noise() -> None:

@@ -5,6 +5,7 @@
 Cells are ordinary runs in folders below the output. A finished cell is read, an interrupted one goes on.
 """
 
+import gc
 import hashlib
 import itertools
 import math
@@ -13,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from deltaw.config import parse
 from deltaw.config.schema import Config
@@ -92,14 +95,23 @@ def sweep(
     for settings, config in cells:
         try:
             value = _cell(config, measure, quiet, shelf)
-        except DeltawError as error:  # the other cells still say something
-            failed[config.output] = str(error)
-            continue
-        found.setdefault(parse.dump(settings), (settings, []))[1].append(value)
+        except Exception as error:
+            if not isinstance(error, DeltawError) and not _out_of_memory(error):
+                raise
+            # the other cells still say something
+            failed[config.output] = str(error) or type(error).__name__
+        else:
+            found.setdefault(parse.dump(settings), (settings, []))[1].append(value)
+        gc.collect()  # a trainer is a circle of references, and the next cell wants its memory
     if not found:
         raise faults(TrainError, "no cell of the sweep came to its end", [f"{k}: {v}" for k, v in failed.items()])
     ranked = [Ranked(settings, tuple(values)) for settings, values in found.values()]
     return Sweep(sorted(ranked, key=lambda r: r.mean if measure in LOSSES else -r.mean), failed)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of the device, of Python, or of torch on the CPU, which has no class for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _cell(config: Config, measure: str, quiet: bool, shelf: Shelf) -> float:
