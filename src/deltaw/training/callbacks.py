@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deltaw.core.attach import adapters, kinds
@@ -75,26 +75,36 @@ class GradientCheck(TrainerCallback):
 def check_gradients(model: nn.Module, name: str) -> list[str]:
     """Sites whose tensors have no non-zero gradient from the loss. TrainError if base tensors have one, or no adapter.
 
-    Tensors in a method's penalty have its gradient in any case, so that the others tell.
+    Tensors in a method's penalty have its gradient in any case: of these counts one that points elsewhere (clipping has
+    scaled it, accumulation has summed it).
     """
     leaks = [f"{path} is of the base and has a gradient" for path, p in base_parameters(model) if p.grad is not None]
     if leaks:
         raise faults(TrainError, "training would change the base", leaks)
-    there, penalised = adapters(model, name), set[int]()
+    there, penalties = adapters(model, name), dict[int, Tensor]()
     for method, kind in kinds(model, name):
         penalty = method.penalty(kind)
         parameters = [p for adapter in kind for p in adapter.parameters()]
         if penalty is not None:
             found = torch.autograd.grad(penalty, parameters, allow_unused=True)
-            penalised |= {id(p) for p, grad in zip(parameters, found, strict=True) if grad is not None}
-    dead = []
-    for site, adapter in there.items():
-        telling = [p for p in adapter.parameters() if id(p) not in penalised] or list(adapter.parameters())
-        if not any(p.grad is not None and bool(p.grad.any()) for p in telling):
-            dead.append(str(site))
+            penalties |= {id(p): grad for p, grad in zip(parameters, found, strict=True) if grad is not None}
+    dead = [
+        str(site)
+        for site, adapter in there.items()
+        if not any(_reached(p.grad, penalties.get(id(p))) for p in adapter.parameters())
+    ]
     if len(dead) == len(there):
         raise TrainError("no gradient reaches the adapter: are the adapted modules part of the forward pass?")
     return dead
+
+
+def _reached(grad: Tensor | None, penalty: Tensor | None) -> bool:
+    """Is there more in a gradient than that of the penalty, up to its size and rounding?"""
+    if grad is None or not grad.any():
+        return False
+    if penalty is None or not penalty.any():
+        return True
+    return float((grad / grad.norm() - penalty / penalty.norm()).norm()) > 1e-5
 
 
 class Steps(TrainerCallback):
