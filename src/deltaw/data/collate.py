@@ -17,17 +17,20 @@ from torch import Tensor
 from deltaw.data.encode import IGNORE, Encoded
 
 
+def padding(tokenizer: Any) -> int:
+    """The id to pad with. Any will do: it is neither attended nor scored."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(number for number in ids if number is not None)
+
+
 class Collator:
     """Callable on a list of Encoded. Labels come from spans, so that padding with the stop token is safe."""
 
-    def __init__(self, tokenizer: Any, *, packing: bool = False, pad_to_multiple_of: int = 1):
-        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # any id will do: it is neither attended nor scored
-        self.pad = next(number for number in ids if number is not None)
-        self.packing, self.multiple = packing, pad_to_multiple_of
+    def __init__(self, tokenizer: Any, *, packing: bool = False):
+        self.pad, self.packing = padding(tokenizer), packing
 
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
-        longest = max(len(row.ids) for row in batch)
-        width = -(-longest // self.multiple) * self.multiple
+        width = max(len(row.ids) for row in batch)
         lines = pack([len(row.ids) for row in batch], width) if self.packing else [[n] for n in range(len(batch))]
         rows = [[batch[number] for number in line] for line in lines]
         result = {
@@ -39,9 +42,9 @@ class Collator:
         }
         if self.packing:
             positions = [[list(range(len(row.ids))) for row in line] for line in rows]
-            filler = [width - sum(map(len, line)) for line in positions]
+            left = [width - sum(map(len, line)) for line in positions]
             lines_of_positions = [
-                _line([*line, list(range(n))], width, 0) for line, n in zip(positions, filler, strict=True)
+                _line([*line, list(range(n))], width, 0) for line, n in zip(positions, left, strict=True)
             ]
             return {**result, "position_ids": torch.tensor(lines_of_positions)}
         return {

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from deltaw.core.errors import DataError, UseError, faults
+from deltaw.data.collate import padding
 from deltaw.data.encode import plain_ids, stop_token_trained
 
 Prompt = str | Sequence[dict[str, str]]
@@ -74,7 +75,7 @@ def answer_all(
     """As `generate`, for prompts that are token ids already."""
     check_sampling(max_new_tokens, temperature, top_p)
     device = next(model.parameters()).device
-    pad = next(number for number in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if number is not None)
+    pad = padding(tokenizer)
     stops = stop_tokens(model, tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None)
     for number, ids in enumerate(encoded, 1):

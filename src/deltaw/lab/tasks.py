@@ -16,6 +16,7 @@ from pathlib import Path
 
 from deltaw.core.errors import UseError, did_you_mean
 from deltaw.data.rows import Rows, read_rows
+from deltaw.infer.metrics import exact_match
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,6 @@ class Task:
         return sum(given[slot] == wanted[slot] for slot in self.slots) / len(self.slots)
 
 
-def exact_match(answer: str, reference: str) -> float:
-    """1 where `answer` is the reference, white space at the ends aside; else 0."""
-    return float(answer.strip() == reference.strip())
-
-
 def load_task(name: str) -> Task:
     """A bundled task by name; UseError for any other."""
     if name not in TASKS:
@@ -72,13 +68,12 @@ def load_task(name: str) -> Task:
 def nearest_row_baseline(task: Task, held_out: Rows, train: Rows | None = None) -> dict[str, float]:
     """Scores of looking up, not learning: the answer of that training row whose prompt shares most words."""
     known = [(_words(prompt), answer) for prompt, answer in _pairs(train or read_rows(task.train))]
-    scored = []
-    for prompt, reference in _pairs(held_out):
-        words = _words(prompt)
-        answer = max(known, key=lambda row: len(words & row[0]))[1]
-        scored.append((exact_match(answer, reference), task.slot_accuracy(answer, reference)))
-    exact, slots = (sum(column) / len(scored) for column in zip(*scored, strict=True))
-    return {"exact_match": exact, "slot_accuracy": slots}
+    pairs = _pairs(held_out)
+    asked = [_words(prompt) for prompt, _ in pairs]
+    answers = [max(known, key=lambda row: len(words & row[0]))[1] for words in asked]
+    slots = [task.slot_accuracy(answer, wanted) for answer, (_, wanted) in zip(answers, pairs, strict=True)]
+    exact = exact_match(answers, [[wanted] for _, wanted in pairs])
+    return {"exact_match": exact, "slot_accuracy": sum(slots) / len(slots)}
 
 
 def _pairs(rows: Rows) -> list[tuple[str, str]]:
