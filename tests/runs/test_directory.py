@@ -19,6 +19,17 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
     assert RunDirectory(tmp_path / "other").events() == []
 
 
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.create({}, "1")
+    assert run.plan() == {} == run.samples()
+    (run.path / "samples.json").write_text('{"first":\n')
+    (run.path / "plan.json").write_text("[1]")
+    assert run.plan() == {}
+    with pytest.raises(FileError, match=r"samples\.json, line 2: samples\.json is not JSON: .*; delete it"):
+        run.samples()
+
+
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create({}, "1")

@@ -164,6 +164,9 @@ def test_two_adapters_cannot_bring_different_tokens(run: Any, tmp_path: Path) ->
     with pytest.raises(FileError, match="the token '<ACT_0>' was 4096 in training and is 4097 here"):
         use_kept(tokenizer, run.adapter)
     (tmp_path / TOKENS).write_text("[1]")
+    with pytest.raises(FileError, match="is a list, expected an object"):
+        use_kept(tokenizer, tmp_path)
+    (tmp_path / TOKENS).write_text('{"<other>": "x"}')
     with pytest.raises(FileError, match="is not a table"):
         use_kept(tokenizer, tmp_path)
 

@@ -1,10 +1,12 @@
 """Files and folders that appear whole or not at all: written under a temporary name beside them, synced, renamed."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from deltaw.core.errors import FileError, UseError
 
@@ -44,6 +46,21 @@ def whole_folder(target: Path) -> Iterator[Path]:
         if old.exists() and not target.exists():
             os.replace(old, target)
         raise
+
+
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """The object in a JSON file; FileError, ending with `fix`, where it cannot be read or holds something else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise FileError(f"{path}, line {error.lineno}: {path.name} is not JSON: {error.msg}; {fix}") from None
+    except UnicodeDecodeError:
+        raise FileError(f"{path} is not text: {path.name} is not JSON; {fix}") from None
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; {fix}") from None
+    if not isinstance(record, dict):
+        raise FileError(f"{path} is a {type(record).__name__}, expected an object; {fix}")
+    return record
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.core.errors import FileError, UseError, faults
+from deltaw.core.files import read_json
 from deltaw.formats.directory import TEMPLATE, TOKENS
 
 
@@ -80,15 +81,14 @@ def use_kept(tokenizer: Any, folder: str | Path) -> Tokens:
 
 def read_kept(folder: Path) -> Kept:
     """What an adapter folder keeps; nothing where it has neither file. FileError where one cannot be read."""
-    text, record = _text(folder / TEMPLATE), {}
-    file = folder / TOKENS
-    if file.is_file():
-        try:
-            record = json.loads(_text(file) or "")
-        except ValueError as error:
-            raise FileError(f"{file} cannot be read: {error}; fetch the adapter's folder again") from None
-        if not isinstance(record, dict) or not all(type(number) is int for number in record.values()):
-            raise FileError(f"{file} is not a table {{token: id}}: fetch the adapter's folder again")
+    template, tokens, again = folder / TEMPLATE, folder / TOKENS, "fetch the adapter's folder again"
+    try:
+        text = template.read_text(encoding="utf-8") if template.is_file() else None
+    except (ValueError, OSError) as error:
+        raise FileError(f"{template} cannot be read: {error}; {again}") from None
+    record = read_json(tokens, again) if tokens.is_file() else {}
+    if not all(type(number) is int for number in record.values()):
+        raise FileError(f"{tokens} is not a table {{token: id}}; {again}")
     return Kept(text, record, folder)
 
 
@@ -118,11 +118,3 @@ def together(parts: Sequence[Kept], own: str | None = None) -> Kept:
         raise faults(UseError, "these adapters do not go together", found)
     ordered = dict(sorted(tokens.items(), key=lambda item: item[1]))  # new ones are added in the order of their ids
     return Kept(next((one.template for one in parts if one.template is not None), None), ordered)
-
-
-def _text(file: Path) -> str | None:
-    """The text of a file, None where there is none."""
-    try:
-        return file.read_text(encoding="utf-8") if file.is_file() else None
-    except (ValueError, OSError) as error:
-        raise FileError(f"{file} cannot be read: {error}; fetch the adapter's folder again") from None

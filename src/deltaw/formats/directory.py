@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltaw.core.errors import ConfigError, FileError, faults
-from deltaw.core.files import whole_folder, write_text
+from deltaw.core.files import read_json, whole_folder, write_text
 from deltaw.core.method import Site
 from deltaw.core.state import AdapterState
 from deltaw.formats import manifest
@@ -232,12 +232,4 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise FileError(f"{folder} holds no {CONFIG}, which says what its tensors mean: fetch the folder again, whole")
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise FileError(f"{file}, line {error.lineno}: {CONFIG} is not JSON: {error.msg}") from None
-    except UnicodeDecodeError:
-        raise FileError(f"{file} is not text: {CONFIG} is not JSON") from None
-    if not isinstance(record, dict):
-        raise FileError(f"{file} is a {type(record).__name__}, expected an object")
-    return record
+    return read_json(file, "fetch the folder again")

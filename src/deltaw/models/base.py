@@ -3,7 +3,6 @@
 A local path never touches the network. An adapter's folder is not a base: the error says which base it needs.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from deltaw.core.errors import FileError, UseError, did_you_mean
+from deltaw.core.files import read_json
 from deltaw.models import quantize as quantizing
 
 TINY = Path(__file__).parent / "tiny"
@@ -83,10 +83,7 @@ def _named(folder: Path, file: str, keys: tuple[str, ...]) -> str | None:
     """A text in a JSON file of an adapter folder."""
     if not (folder / file).is_file():
         return None
-    try:
-        value: Any = json.loads((folder / file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileError(f"{folder / file} is not JSON: {error}") from None
+    value: Any = read_json(folder / file, "fetch the adapter's folder again")
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return str(value) if value else None

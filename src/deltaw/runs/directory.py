@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from deltaw.core.errors import FileError, UseError
-from deltaw.core.files import must_be_free, write_text
+from deltaw.core.files import must_be_free, read_json, write_text
 
 CONFIG, PLAN, EVENTS, SAMPLES = "config.yaml", "plan.json", "events.jsonl", "samples.json"
 
@@ -76,11 +76,9 @@ class RunDirectory:
 
     def plan(self) -> dict[str, Any]:
         """The plan of the run; empty where there is none."""
-        try:
-            found: dict[str, Any] = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        with contextlib.suppress(FileError):
+            return read_json(self.path / PLAN, "")
+        return {}
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         write_text(self.path / PLAN, json.dumps(dict(plan), indent=2, ensure_ascii=False) + "\n")
@@ -93,11 +91,8 @@ class RunDirectory:
         )
 
     def samples(self) -> dict[str, list[dict[str, Any]]]:
-        try:
-            found: dict[str, list[dict[str, Any]]] = json.loads((self.path / SAMPLES).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        return found
+        file = self.path / SAMPLES
+        return read_json(file, "delete it, the next evaluation writes it anew") if file.exists() else {}
 
     def log(self, event: str, **facts: Any) -> None:
         """Append one event, with the time in seconds since 1970."""
