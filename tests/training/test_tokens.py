@@ -176,6 +176,9 @@ def test_a_parents_tokens_must_get_their_ids(rows: Path, tmp_path: Path) -> None
     given = {**config(rows, tmp_path / "run", ()), "adapter": {"from": str(tmp_path)}}
     with pytest.raises(FileError, match="'<other>' was 5000 in training and is 4096 here"):
         prepare(deltaw.config.parse.parse(given))
+    given["adapter"] = {"from": str(tmp_path / "nowhere")}
+    with pytest.raises(FileError, match=r"no adapter folder .*nowhere"):  # not rows without the parent's template
+        prepare(deltaw.config.parse.parse(given))
 
 
 @pytest.mark.parametrize(

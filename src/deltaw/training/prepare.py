@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.config.schema import Config, DataConfig, Source
-from deltaw.core.errors import ConfigError
+from deltaw.core.errors import ConfigError, FileError
 from deltaw.data.dataset import DataReport, Encoder, encode_rows, split
 from deltaw.data.encode import Encoded, Policy
 from deltaw.data.kept import Kept, Tokens, add_tokens, read_kept
@@ -62,6 +62,8 @@ def brought(config: Config, checkpoint: Path | None = None) -> Kept:
     A run that is resumed has both beside its checkpoint's adapter: its parent and its template's file may be gone.
     """
     folder = config.adapter.start if checkpoint is None else checkpoint / "adapter"
+    if folder is not None and not Path(folder).is_dir():
+        raise FileError(f"no adapter folder {str(folder)!r}: adapter.from names the folder of an adapter to go on from")
     found = Kept() if folder is None else read_kept(Path(folder))
     if config.data.template and (checkpoint is None or found.template is None):
         found = dataclasses.replace(found, template=template(config.data.template))
