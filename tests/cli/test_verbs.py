@@ -118,6 +118,14 @@ def test_eval_generate_inspect_mix_merge(run, rows: Path, trained: Path, tmp_pat
     found = json.loads(out)
     assert code == 0 and found["model"] == "tiny" and found["tuned"]["loss"] < found["base"]["loss"]
 
+    renamed = tmp_path / "questions.jsonl"
+    renamed.write_text(rows.read_text().replace('"prompt"', '"question"').replace('"completion"', '"answer"'))
+    names = ["--columns", "prompt=question", "--columns", "completion=answer"]
+    code, out, _ = run("eval", "--adapter", adapter, "--data", renamed, "--generations", 0, "--json", *names)
+    assert code == 0 and json.loads(out)["tuned"]["loss"] == pytest.approx(found["tuned"]["loss"])
+    code, _, err = run("eval", "--adapter", adapter, "--data", renamed, "--columns", "prompt")
+    assert code == 2 and "write prompt=question" in err
+
     code, out, _ = run("generate", "say river castle", "--adapter", f"{adapter}=0.5", "--max-new-tokens", 4, "--json")
     assert code == 0 and len(json.loads(out)["answers"]) == 1
 

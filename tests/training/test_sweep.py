@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 import deltaw
 from deltaw.cli import main as cli
-from deltaw.core.errors import ConfigError
+from deltaw.core.errors import ConfigError, Interrupted, TrainError, UseError
 from deltaw.data.template import TEMPLATES
 from deltaw.runs.directory import RunDirectory
 from deltaw.training import run as training
+from deltaw.training.run import resume
 from deltaw.training.sweep import Ranked, combinations, sweep, table
 
 
@@ -110,6 +111,43 @@ def test_a_cell_without_enough_memory_is_listed(
     assert list(done.failed.values()) == [str(error) or "MemoryError"]
 
 
+def test_an_interrupt_ends_the_sweep_and_a_failed_cell_its_exit_code(
+    record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    errors: list[Exception] = [
+        Interrupted("interrupted at step 3 of 9; continue with: …"),
+        TrainError("the loss is nan"),
+    ]
+
+    def train(config: Any, **_: Any) -> None:
+        if config.adapter.method.rank == 4:
+            raise errors[0]
+        (Path(config.output) / "adapter").mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr("deltaw.training.sweep.train", train)
+    monkeypatch.setattr(
+        "deltaw.training.sweep.summarise", lambda _: SimpleNamespace(losses={"held_out": 1.0}, scores={})
+    )
+    with pytest.raises(Interrupted, match=r"^cell 1 of 2 was interrupted at step 3 of 9; the same command goes on"):
+        sweep({**record, "output": str(tmp_path / "out")}, {"adapter.rank": [4, 2]}, quiet=True)
+    assert not (tmp_path / "out").exists()
+    del errors[0]
+    (tmp_path / "config.json").write_text(json.dumps({**record, "output": str(tmp_path / "out")}))
+    monkeypatch.setattr("sys.argv", ["deltaw", "train", str(tmp_path / "config.json"), "--sweep", "adapter.rank=4,2"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    captured = capsys.readouterr()
+    assert "the loss is nan" in captured.out and "cell 2 of 2: adapter.rank=2 seed 0" in captured.err
+
+
+def test_a_sweep_is_no_run_to_resume(tmp_path: Path) -> None:
+    (tmp_path / "rank-4_seed-0").mkdir()
+    (tmp_path / "rank-4_seed-0/config.yaml").write_text("model: tiny\n")
+    with pytest.raises(UseError, match=r"holds no run.*it is a sweep \(rank-4_seed-0, …\): give its command again"):
+        resume(tmp_path)
+
+
 def test_ranking_says_when_it_may_be_noise() -> None:
     ranked = [Ranked({"a": 1}, (1.0, 1.2)), Ranked({"a": 2}, (1.1, 1.2)), Ranked({"a": 3}, (3.0, 3.1))]
     lines = table(ranked).splitlines()
@@ -134,5 +172,7 @@ def test_from_the_command_line(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
-    ranking = json.loads(capsys.readouterr().out)["ranking"]
+    out = capsys.readouterr().out
+    ranking = json.loads(out)["ranking"]
+    assert "NaN" not in out and [cell["sd"] for cell in ranking] == [None, None]  # of one seed
     assert [cell["settings"] for cell in ranking] == [{"train.learning_rate": 0.01}, {"train.learning_rate": 0.0001}]

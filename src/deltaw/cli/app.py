@@ -4,6 +4,7 @@ Results go to stdout, progress and errors to stderr; --json prints one object on
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -38,7 +39,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable o
 
 def show(record: dict[str, Any], as_json: bool, text: str) -> None:
     """Print a result: the record as JSON, or the text for people."""
-    print(json.dumps(record, ensure_ascii=False, default=str) if as_json else text)
+    print(json.dumps(_finite(record), ensure_ascii=False, default=str, allow_nan=False) if as_json else text)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what is not known is null."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def tell(subject: object, remarks: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from deltaw.cli.base import Adapters, Dtype, Mismatch, Model, Pickle, Quantize, 
 
 @app.command("eval")
 def evaluate(
-    data: Annotated[str, typer.Option(help="Held-out rows: .jsonl, .json or a folder.")],
+    data: Annotated[str, typer.Option(help="Held-out rows: whatever data.train takes.")],
     model: Model = None,
     adapter: Adapters = None,
     generations: Annotated[
@@ -23,6 +23,12 @@ def evaluate(
         list[str] | None,
         typer.Option(help="exact_match (default), rouge_l or bleu; may be repeated.", show_default=False),
     ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Other names of fields, as data.columns: prompt=question; may be repeated.", show_default=False
+        ),
+    ] = None,
     allow_base_mismatch: Mismatch = False,
     allow_pickle: Pickle = False,
     dtype: Dtype = "auto",
@@ -30,11 +36,18 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Held-out loss, perplexity and exact match: the base and the tuned model side by side."""
+    from deltaw.config.schema import Source
+    from deltaw.core.errors import UseError
     from deltaw.data.rows import read_rows
     from deltaw.infer.metrics import metrics
 
     chosen = list(metrics(metric or ["exact_match"]))
-    rows = read_rows(data)
+    pairs = [text.partition("=") for text in columns or []]
+    if wrong := next(
+        (text for text, (ours, _, theirs) in zip(columns or [], pairs, strict=True) if not ours or not theirs), None
+    ):
+        raise UseError(f"--columns {wrong!r} is no pair of names: write prompt=question")
+    rows = read_rows(Source(path=data, columns={ours: theirs for ours, _, theirs in pairs}))
     from deltaw.core.route import use
     from deltaw.infer import evaluate as infer
 
@@ -52,11 +65,11 @@ def evaluate(
                     metric=chosen,
                 )
             result[name] = found.to_dict()
-    columns = [name for name in ("base", "tuned") if name in result]
-    lines = [f"{'':12}" + "".join(f"{name:>12}" for name in columns)]
+    sides = [name for name in ("base", "tuned") if name in result]
+    lines = [f"{'':12}" + "".join(f"{name:>12}" for name in sides)]
     for key in ("loss", "perplexity", *chosen):
         if key in result["base"]:
-            lines.append(f"{key:12}" + "".join(f"{result[name][key]:12.4f}" for name in columns))
+            lines.append(f"{key:12}" + "".join(f"{result[name][key]:12.4f}" for name in sides))
     if generations is not None and generations < len(rows):
         lines.append(
             f"answers to the first {generations} rows of {len(rows)}" if generations else "no answers generated"

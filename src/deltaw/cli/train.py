@@ -68,3 +68,5 @@ def _sweep(given: Any, axes: list[str], seeds: int, measure: str, quiet: bool, a
     failed = [f"failed: {folder}: {why}" for folder, why in done.failed.items()]
     record = {"measure": measure, "ranking": ranked, "failed": dict(done.failed)}
     show(record, as_json, "\n".join([training.table(done.ranking), *failed]))
+    if failed:
+        raise typer.Exit(1)

@@ -54,6 +54,10 @@ class TrainError(DeltawError):
     pass
 
 
+class Interrupted(TrainError):
+    """Stopped by the user, with all that is needed to go on."""
+
+
 def faults(error: type[DeltawError], head: str, found: Sequence[str], limit: int = 12) -> DeltawError:
     """One error for all `found` faults: a single fault reads as one sentence, several as a list.
 

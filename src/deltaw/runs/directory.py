@@ -70,7 +70,9 @@ class RunDirectory:
         try:
             return yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
-            raise UseError(f"{self.path} holds no run: there is no {CONFIG} in it") from None
+            below = sorted(path.parent.name for path in self.path.glob(f"*/{CONFIG}"))
+            hint = f"; it is a sweep ({below[0]}, …): give its command again, finished cells are kept" if below else ""
+            raise UseError(f"{self.path} holds no run: there is no {CONFIG} in it{hint}") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise FileError(f"{self.path / CONFIG} cannot be read: {' '.join(str(error).split())}") from None
 

@@ -23,7 +23,7 @@ from deltaw.config import parse
 from deltaw.config.schema import Config
 from deltaw.core import route
 from deltaw.core.attach import attach, detach, extract, plan_of, trainable
-from deltaw.core.errors import TrainError, UseError
+from deltaw.core.errors import Interrupted, UseError
 from deltaw.core.files import write_text
 from deltaw.core.host import host_of
 from deltaw.core.method import Site
@@ -179,7 +179,7 @@ def _on(
     reached = trainer.state.global_step
     if stop.interrupted and reached < steps:
         run.log("interrupted", step=reached)
-        raise TrainError(f"interrupted at step {reached} of {steps}; continue with: deltaw train --resume {run.path}")
+        raise Interrupted(f"interrupted at step {reached} of {steps}; continue with: deltaw train --resume {run.path}")
     base.model.eval()
     losses = _losses(run, trainer)
     outcome = {

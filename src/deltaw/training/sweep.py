@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 from deltaw.config import parse
 from deltaw.config.schema import Config
-from deltaw.core.errors import ConfigError, DeltawError, TrainError, faults
+from deltaw.core.errors import ConfigError, DeltawError, Interrupted, TrainError, faults
 from deltaw.core.text import columns
 from deltaw.runs.directory import RunDirectory
 from deltaw.runs.summary import summarise
@@ -92,9 +93,17 @@ def sweep(
         raise ConfigError("a sweep goes by held-out rows: set data.eval")
     _fresh(cells)
     shelf, found, failed = Shelf(), {}, {}
-    for settings, config in cells:
+    for number, (settings, config) in enumerate(cells, 1):
+        if not quiet:
+            chosen = ", ".join(f"{key}={value}" for key, value in settings.items())
+            print(f"cell {number} of {len(cells)}: {chosen} seed {config.train.seed}", file=sys.stderr)
         try:
             value = _cell(config, measure, quiet, shelf)
+        except Interrupted as error:
+            said = str(error).partition(";")[0]
+            raise Interrupted(
+                f"cell {number} of {len(cells)} was {said}; the same command goes on from there"
+            ) from None
         except Exception as error:
             if not isinstance(error, DeltawError) and not _out_of_memory(error):
                 raise
