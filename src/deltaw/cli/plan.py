@@ -22,5 +22,11 @@ def plan(
     from deltaw.training.prepare import prepare
 
     data = prepare(given)
-    record = {**dataclasses.asdict(data.report), "held_out": len(data.held_out), "shown": data.previews(rows)}
-    show(record, as_json, f"{data.report}\n{data.held_out_said}\n{data.shown(rows)}")
+    record = {
+        **dataclasses.asdict(data.report),
+        "held_out": len(data.held_out),
+        "shown": data.previews(rows),
+        "remarks": data.remarks,
+    }
+    notes = "".join(f"note: {remark}\n" for remark in data.remarks)
+    show(record, as_json, f"{data.report}\n{data.held_out_said}\n{notes}{data.shown(rows)}")

@@ -183,6 +183,8 @@ def _impossible(config: Config) -> list[str]:
     found += [f"train.rates: {k!r} is not a regular expression" for k in t.rates if not _compiles(k)]
     if (t.best or t.early_stopping) and config.data.eval is None:
         found.append("train.best and train.early_stopping go by held-out rows: set data.eval")
+    if t.generate and config.data.eval is None:
+        found.append("train.generate answers held-out rows: set data.eval")
     if not 0 <= t.warmup < 1:
         found.append(f"train.warmup={t.warmup!r} is a share of the steps, in [0, 1)")
     empty = {"model": config.model, "output": config.output, "data.train": config.data.train}

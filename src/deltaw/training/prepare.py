@@ -12,7 +12,7 @@ from typing import Any
 from deltaw.config.schema import Config, DataConfig, Source
 from deltaw.core.errors import ConfigError, FileError
 from deltaw.data.dataset import DataReport, Encoder, encode_rows, split
-from deltaw.data.encode import Encoded, Policy
+from deltaw.data.encode import IGNORE, Encoded, Policy
 from deltaw.data.kept import Kept, Tokens, add_tokens, read_kept
 from deltaw.data.preview import preview
 from deltaw.data.rows import Rows, read_rows
@@ -39,6 +39,21 @@ class Prepared:
     """What the adapter keeps of the tokenizer."""
 
     @property
+    def remarks(self) -> list[str]:
+        """What is allowed and seldom meant, each a sentence."""
+        found = []
+        if self.tokenizer.chat_template is None and IGNORE in self.encoded[0].labels:
+            found.append(
+                "the base has no chat template: an answer follows its prompt directly; data.template: plain marks both"
+            )
+        if isinstance(self.encoded, list) and self.held_out:  # on disk, where rows stream, nothing is compared
+            held_out = {hash(tuple(row.ids)) for row in self.held_out}
+            shared = len(held_out & {hash(tuple(row.ids)) for row in self.encoded})
+            if shared:
+                found.append(f"{shared:,} of the held-out rows are trained on too: their loss says nothing of new rows")
+        return found
+
+    @property
     def held_out_said(self) -> str:
         if self.held_out_report is None:
             return "held out none"
@@ -47,7 +62,10 @@ class Prepared:
 
     def previews(self, count: int, most: int = 2000) -> list[str]:
         """The text of the first rows with what they learn between ⟦ and ⟧; long ones lose their middle."""
-        texts = [preview(row, self.tokenizer).rstrip("\n") for row in self.encoded[:count]]
+        rows = list(self.encoded[:count])
+        if count and self.report.cut and not any(row.cut for row in rows):
+            rows += [row for row in self.encoded if row.cut][:1]  # what a cut leaves is worth a look
+        texts = [preview(row, self.tokenizer).rstrip("\n") for row in rows]
         return [text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}" for text in texts]
 
     def shown(self, count: int = 1, most: int = 600) -> str:

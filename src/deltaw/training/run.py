@@ -142,6 +142,7 @@ def _on(
     steps, every = _steps(config, len(data.encoded))
     set_seed(config.train.seed)
     plan, parents, remarks = _attach(config, base, run, checkpoint, data)
+    remarks += data.remarks
     known = {**facts(config, base, data, plan, steps), "parents": parents}
     packing = use_packing(config.data.packing, base.model, lengths(data.encoded), config.train.batch_size)
     score = _scorer(config, base, data, run)
@@ -182,6 +183,13 @@ def _on(
         raise Interrupted(f"interrupted at step {reached} of {steps}; continue with: deltaw train --resume {run.path}")
     base.model.eval()
     losses = _losses(run, trainer)
+    if losses.get("held_out", 0.0) > losses.get("base", math.inf):
+        worse = (
+            f"the held-out loss rose from {losses['base']:.4f} to {losses['held_out']:.4f}: what was learnt does not help "
+            "on these rows; a lower train.learning_rate or fewer steps may"
+        )
+        run.log("warning", text=worse)
+        progress.console.print(f"note: {worse}", highlight=False, markup=False, soft_wrap=True)
     outcome = {
         "losses": losses,
         "steps": reached,
