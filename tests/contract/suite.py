@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from contract.hosts import HostCase, Net
 from deltaw.core.adapter import WeightAdapter
 from deltaw.core.attach import adapters, attach, detach, extract, insert
+from deltaw.core.carried import here
 from deltaw.core.errors import MergeError, UseError
 from deltaw.core.host import host_of
 from deltaw.core.merge import current, merge, unmerge
 from deltaw.core.method import Method
-from deltaw.core.route import use
+from deltaw.core.route import adapted_modules, live, use
+from deltaw.core.rows import whole
 from deltaw.methods.lora import LoRA
 
 Check = Callable[[Method, HostCase], None]
@@ -268,6 +270,41 @@ def pickle_round_trip(method: Method, case: HostCase) -> None:
         assert type(other.layer) is type(case.make())
 
 
+def rows_of_a_batch_have_their_own_routes(method: Method, case: HostCase) -> None:
+    """Each row is what its route alone gives it, whatever is in the adapters of the others; or it is refused."""
+    net, x = tuned(method, case, "a"), case.inputs()
+    stir(net, method, "b")
+    routes = [{"b": -0.6, "a": 0.5}, {"a": 1.0}, {}, {"b": 1.0}, {"a": 0.0}]
+    routes = [routes[number % len(routes)] for number in range(len(x))]
+    impossible = next(
+        (why for m in adapted_modules(net) for a, h, _ in here(m).entries["a"] if (why := whole(a, h))), None
+    )
+    if impossible:
+        with pytest.raises(UseError, match="cannot act in single rows of a batch"):
+            use(net, routes)
+        return
+    expected = []
+    for number, route in enumerate(routes):
+        with use(net, route):
+            expected.append(net(x)[number])
+    with use(net, routes):
+        y = net(x)
+        near(y, torch.stack(expected))
+        with pytest.raises(UseError, match="leave that `use` first"):
+            live(net)
+        with pytest.raises(UseError, match=rf"the layer sees {len(x) + 1} rows, the route names {len(x)}"):
+            net(torch.cat([x, x[:1]]))
+        for parameter in here_first(net, "b").parameters():
+            parameter.data.fill_(torch.nan)
+        broken = net(x)
+    mine = [number for number, route in enumerate(routes) if "b" not in route]
+    assert torch.equal(broken[mine], y[mine]) and bool(broken[0].isnan().any())
+
+
+def here_first(net: nn.Module, name: str) -> nn.Module:
+    return next(iter(adapters(net, name).values()))
+
+
 def compiled_is_equal(method: Method, case: HostCase) -> None:
     """inductor, which needs a C++ compiler and seconds for each graph, for LoRA alone."""
     net, x = tuned(method, case), case.inputs()
@@ -366,6 +403,7 @@ ONE_CONFIG: list[Check] = [
     extract_and_insert_are_exact,
     deepcopy_is_independent,
     pickle_round_trip,
+    rows_of_a_batch_have_their_own_routes,
     compiled_is_equal,
     checkpointed_is_equal,
     bf16_base_fp32_adapter,

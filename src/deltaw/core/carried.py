@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Live = tuple[Any, Any, Tensor | None]
-"""One adapter of a module: the adapter, the view of its host, its strength (None = 1)."""
+Live = tuple[Any, Any, Any]
+"""One adapter of a module: the adapter, the view of its host, its strength (None = 1, a 0-dim tensor, or a `PerRow`)."""
 
 _CARRIED, _HELD, _ROOT = "_deltaw", "_deltaw_held", "_deltaw_root"
 

@@ -43,6 +43,7 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = False) -
     """
     model = unwrapped(model)
     known(model, name)
+    before_route = route.live(model)
     modules = [module for module in route.adapted_modules(model) if name in here(module).entries]
     guards.intact(modules, name)
     if any(name in here(module).merged for module in modules):
@@ -70,7 +71,6 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = False) -
                 pristine[slot] = kept
         if not torch.equal(merged, current(host)):  # rounding anew what does not change could change it
             host.write(merged)
-    before_route = route.live(model)
     for module in modules:
         if keep_base:
             here(module).merged = (*here(module).merged, name)
@@ -85,6 +85,7 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = False) -
 def unmerge(model: nn.Module) -> None:
     """Restore every weight kept by merge(keep_base=True), bit for bit, and turn the merged adapters on again."""
     model = unwrapped(model)
+    before_route = route.live(model)
     back: dict[str, float] = {}
     for module in route.adapted_modules(model):
         there = here(module)
@@ -95,7 +96,7 @@ def unmerge(model: nn.Module) -> None:
         there.pristine, there.merged = {}, ()
     if not back:
         raise MergeError("nothing to unmerge: no merge(…, keep_base=True) is in effect on this model")
-    route.apply(route.adapted_modules(model), {**route.live(model), **back})
+    route.apply(route.adapted_modules(model), {**before_route, **back})
 
 
 def _faults(model: nn.Module, name: str, work: list[tuple[Adapter, Any]], keep_base: bool) -> list[str]:

@@ -17,6 +17,7 @@ from deltaw.core.adapter import Adapter
 from deltaw.core.carried import Carried, base_class_of, carried, here, hold
 from deltaw.core.host import ParameterHost, host_of
 from deltaw.core.method import Method, Site
+from deltaw.core.rows import PerRow, by_rows
 
 
 class Adapted:
@@ -30,7 +31,8 @@ class Adapted:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = super().forward  # type: ignore[misc]
         for adapter, host, strength in self._deltaw.live:  # the first is innermost; additive ones commute
-            call = functools.partial(adapter, host, call, strength)
+            around = functools.partial(by_rows, adapter) if isinstance(strength, PerRow) else adapter
+            call = functools.partial(around, host, call, strength)
         return call(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -3,13 +3,14 @@
     with use(model, {"sql": 1.0, "tone": 0.5}): ...      W' = W + 1.0·ΔW_sql + 0.5·ΔW_tone
     use(model, "sql")                                    switches for good
     use(model, {})                                       the base
+    use(model, [{"sql": 1.0}, "tone", {}])               a route for every row of the batch (`core.rows`)
 
 A switch replaces one tuple per adapted module: no walk over parameters, no `requires_grad`, no copies.
 """
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from deltaw.core.adapter import Adapter, WeightAdapter
 from deltaw.core.base import unwrapped
 from deltaw.core.carried import carried, here
 from deltaw.core.errors import UseError, did_you_mean, faults
+from deltaw.core.rows import PerRow, whole
 
 Route = Mapping[str, float]
 """Adapter name → strength. Names left out, and strength 0, are off."""
@@ -60,6 +62,8 @@ def live(model: nn.Module) -> dict[str, float]:
     route: dict[str, float] = {}
     for module in adapted_modules(model):
         for adapter, _, strength in here(module).live:
+            if isinstance(strength, PerRow):
+                raise UseError("the rows of a batch have routes of their own: leave that `use` first")
             if adapter.name not in route:
                 route[adapter.name] = 1.0 if strength is None else float(strength)
     return route
@@ -68,21 +72,22 @@ def live(model: nn.Module) -> dict[str, float]:
 class use:
     """Make exactly these adapters live, at once; as a context manager, go back to what was live before on exit.
 
-    `route`: {name: strength}, a name, or {} for the base. Strengths are any finite numbers and scale ΔW; an adapter
-    whose change is not a ΔW takes 0 or 1 only. Raises UseError for names that are not attached, merged adapters and
-    strengths that cannot be.
+    `route`: {name: strength}, a name, or {} for the base; or a list of these, one for every row of the batch. Strengths are
+    any finite numbers and scale ΔW; an adapter whose change is not a ΔW takes 0 or 1 only, and no single rows. Raises
+    UseError for names that are not attached, merged adapters and strengths that cannot be.
     """
 
-    def __init__(self, model: nn.Module, route: Route | str):
+    def __init__(self, model: nn.Module, route: Route | str | Sequence[Route | str]):
         self.model = model = unwrapped(model)
-        if not isinstance(route, str | Mapping):
-            raise UseError(f"{route!r} is no route: give {{name: strength}}, a name, or {{}} for the base")
-        self.route = {route: 1.0} if isinstance(route, str) else dict(route)
+        rows = isinstance(route, Sequence) and not isinstance(route, str)
+        routes = [_route(one) for one in route] if rows else [_route(route)]
+        if not routes:
+            raise UseError("no route: give one for every row of the batch, {} for a row of the base")
         self.modules = adapted_modules(model)
-        _check(model, self.modules, self.route)
+        _check(model, self.modules, routes, rows)
         self.before = {module: here(module).live for module in self.modules}
         self.stamp = _stamp
-        apply(self.modules, self.route)
+        apply_rows(self.modules, routes) if rows else apply(self.modules, routes[0])
 
     def __enter__(self) -> Self:
         return self
@@ -117,15 +122,36 @@ def apply(modules: list[nn.Module], route: Route) -> None:
         there.live = tuple(sorted(found, key=outermost))
 
 
+def apply_rows(modules: list[nn.Module], routes: Sequence[Route]) -> None:
+    """As `apply`, with a route for every row of the batch."""
+    wanted = {}
+    with torch.inference_mode(False):
+        for name in dict.fromkeys(name for route in routes for name in route):
+            acts = [(number, route[name]) for number, route in enumerate(routes) if route.get(name, 0.0) != 0.0]
+            if acts:
+                rows, strengths = zip(*acts, strict=True)
+                wanted[name] = PerRow(torch.tensor(strengths, dtype=torch.float32), torch.tensor(rows), len(routes))
+    for module in modules:
+        there = here(module)
+        there.live = tuple((a, host, at) for name, at in wanted.items() for a, host, _ in there.entries.get(name, ()))
+
+
+def _route(given: object) -> Route:
+    if not isinstance(given, str | Mapping):
+        raise UseError(f"{given!r} is no route: give {{name: strength}}, a name, or {{}} for the base")
+    return {given: 1.0} if isinstance(given, str) else dict(given)
+
+
 def outermost(entry: tuple[Adapter, Any, Any]) -> bool:
     """Is it called around all others? What follows ties may change the ids, and the size of the output."""
     return bool(entry[0].method.follows_ties)
 
 
-def _check(model: nn.Module, modules: list[nn.Module], route: Route) -> None:
+def _check(model: nn.Module, modules: list[nn.Module], routes: Sequence[Route], rows: bool) -> None:
     found: list[str] = []
     known = dict.fromkeys(name for module in modules for name in here(module).entries)
-    for name, w in route.items():
+    for name, w in {(str(name), repr(w)): (name, w) for route in routes for name, w in route.items()}.values():
+        entries = [entry for m in modules for entry in here(m).entries.get(name, ())]
         if name not in known:
             there = f"attached: {', '.join(known)}" if known else "no adapter is attached to this model"
             found.append(f"no adapter {name!r}{did_you_mean(str(name), known)} ({there})")
@@ -133,16 +159,13 @@ def _check(model: nn.Module, modules: list[nn.Module], route: Route) -> None:
             found.append(f"strength {w!r} of {name!r} is not a finite number")
         elif any(name in here(m).merged for m in modules) and w != 0:
             found.append(f"{name!r} is merged into the weights: unmerge the model before routing it")
-        elif w not in (0, 1):
-            rigid = {
-                type(a).__name__
-                for m in modules
-                for a, _, _ in here(m).entries.get(name, ())
-                if not isinstance(a, WeightAdapter)
-            }
-            if rigid:
-                found.append(
-                    f"{name!r} has parts without a ΔW ({', '.join(sorted(rigid))}): its strength is 0 or 1, not {w}"
-                )
+        elif rows and w != 0 and (reasons := {why for a, host, _ in entries if (why := whole(a, host))}):
+            found.append(f"{name!r} cannot act in single rows of a batch: {'; '.join(sorted(reasons))}")
+        elif w not in (0, 1) and (
+            rigid := {type(a).__name__ for a, _, _ in entries if not isinstance(a, WeightAdapter)}
+        ):
+            found.append(
+                f"{name!r} has parts without a ΔW ({', '.join(sorted(rigid))}): its strength is 0 or 1, not {w}"
+            )
     if found:
-        raise faults(UseError, "cannot use these adapters", found)
+        raise faults(UseError, "cannot use these adapters", list(dict.fromkeys(found)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deltaw.core.carried import base_class_of, carried, here
 from deltaw.core.host import HostSpec, Map, WeightHost, register
+from deltaw.core.rows import PerRow
 from deltaw.kernels.lora import lora_add, lora_linear
 
 
@@ -52,6 +53,8 @@ class LinearHost(WeightHost):
         if not live:
             return *frozen, None
         adapter, _, strength = live[0]
+        if isinstance(strength, PerRow):
+            return None
         return (*frozen, _change(adapter, strength)) if getattr(adapter, "thin", False) and not adapter.drops else None
 
     def _frozen(self) -> tuple[Tensor, Tensor | None] | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from deltaw.core.route import live
 from deltaw.data.collate import Collator
 from deltaw.data.conversation import Example
 from deltaw.data.dataset import encode_rows
@@ -90,6 +91,7 @@ def evaluate(
     metric: names of `deltaw.infer.metrics`; scores: further {name: (answer, reference) → number}, best reference, mean.
     """
     chosen = metrics(metric)
+    live(model)  # no rows of some other batch
     policy = Policy(max_length)
     encoded, report = encode_rows(
         rows, tokenizer, policy, objective="text" if rows.form == "text" else "sft", pairs="chosen"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from deltaw.core.errors import DataError, UseError, faults
+from deltaw.core.route import Route, live, use
 from deltaw.data.collate import padding
 from deltaw.data.encode import plain_ids, stop_token_trained
 
@@ -43,12 +44,16 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     batch_size: int = 32,
+    routes: Sequence[Route | str] | None = None,
 ) -> list[str]:
-    """One answer per prompt, in order. temperature 0 is greedy; with `seed` sampling repeats."""
+    """One answer per prompt, in order. temperature 0 is greedy; with `seed` sampling repeats.
+
+    routes: adapters for each prompt by itself, as `use` takes them; prompts of different adapters share a batch.
+    """
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     return answer_all(
         model, tokenizer, encoded, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-        batch_size=batch_size,
+        batch_size=batch_size, routes=routes,
     )  # fmt: skip
 
 
@@ -71,9 +76,13 @@ def answer_all(
     top_p: float = 1.0,
     seed: int | None = None,
     batch_size: int = 32,
+    routes: Sequence[Route | str] | None = None,
 ) -> list[str]:
     """As `generate`, for prompts that are token ids already."""
     check_sampling(max_new_tokens, temperature, top_p)
+    live(model)  # no rows of some other batch
+    if routes is not None and len(routes) != len(encoded):
+        raise UseError(f"{len(routes)} routes for {len(encoded)} prompts: give one for each, {{}} for the base")
     device = next(model.parameters()).device
     pad = padding(tokenizer)
     stops = stop_tokens(model, tokenizer)
@@ -100,7 +109,8 @@ def answer_all(
             ids = torch.tensor([[pad] * (width - len(row)) + row for row in chunk], device=device)
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in chunk], device=device)
             room = max_new_tokens if limit is None else min(max_new_tokens, limit - width)
-            with torch.no_grad():
+            chosen = contextlib.nullcontext() if routes is None else use(model, [routes[number] for number in numbers])
+            with torch.no_grad(), chosen:
                 out = model.generate(
                     input_ids=ids, attention_mask=mask, max_new_tokens=room, pad_token_id=pad,
                     eos_token_id=stops or None, **sampling,
