@@ -136,3 +136,26 @@ def test_a_base_that_is_trained_too_gets_its_gradient() -> None:
     model[0].weight.requires_grad_(True)
     model(x).sum().backward()
     torch.testing.assert_close(model[0].weight.grad, x.sum(0).expand(9, 12))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_few_rows_are_computed_in_the_factors_own_dtype(rows: int) -> None:
+    """A decoding step in bf16: fewer rows than ranks, so that x is cast and not A and B; only the sum is rounded."""
+    torch.manual_seed(0)
+    x, w = torch.randn(rows, IN, dtype=torch.bfloat16), torch.randn(OUT, IN, dtype=torch.bfloat16)
+    a, b = torch.randn(6, IN), torch.randn(OUT, 6)
+    with torch.no_grad():
+        base = F.linear(x, w)
+        change = S * (x.float() @ a.T @ b.T)
+        expected = base + change.to(torch.bfloat16)
+        assert torch.equal(lora_linear(x, w, None, a, b, S), expected)
+        assert torch.equal(lora_add(base, x, a, b, torch.tensor(S)), expected)
+    model = nn.Sequential(nn.Linear(IN, OUT, dtype=torch.bfloat16))
+    deltaw.attach(model, deltaw.LoRA(rank=4), targets="0")
+    for parameter in model[0].adapters.parameters():
+        nn.init.normal_(parameter)
+    many = x.repeat(8, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model(many)[:rows], rtol=0.02, atol=0.1)
+        with deltaw.use(model, [{"default": 1.0}, *[{}] * (rows - 1)]):
+            torch.testing.assert_close(model(x)[0], model(many[:rows])[0])

@@ -49,13 +49,27 @@ class LoRALinear(Function):
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     """x [.., in], weight [out, in] frozen, a [r, in], b [out, r], scale a number or a 0-dim tensor → [.., out]."""
+    if few(x, a):
+        return F.linear(x, weight, bias) + few_rows(x, a, b, scale)
     if x.ndim == 1:
         return F.linear(x, weight, bias) + F.linear(F.linear(x, a.to(x.dtype)), (scale * b).to(x.dtype))
     return LoRALinear.apply(x, weight, bias, a, b, scale)[0]  # type: ignore[no-any-return]
 
 
+def few(x: Tensor, a: Tensor) -> bool:
+    """Are there fewer rows than ranks, as in a decoding step, and no gradient? Then x is the smaller thing to cast."""
+    return not torch.is_grad_enabled() and x.dtype != a.dtype and x.shape[:-1].numel() < a.shape[0]
+
+
+def few_rows(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    """s·(x Aᵀ) Bᵀ in the factors' own dtype, rounded to x's at the end: A and B are only read."""
+    return F.linear(F.linear(scale * x.to(a.dtype), a), b).to(x.dtype)
+
+
 def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     """y [.., out] + s·(x Aᵀ) Bᵀ in one pass over y, where something else made y."""
+    if few(x, a):
+        return y + few_rows(x, a, b, scale)
     h = F.linear(x, a.to(x.dtype))
     up = (scale * b).to(x.dtype)
     return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.T).view_as(y) if y.ndim > 1 else y + F.linear(h, up)
