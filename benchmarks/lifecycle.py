@@ -111,6 +111,7 @@ def decode(rounds: int) -> dict[str, Any]:
             other.add_adapter(name, config)
         for adapter in adapters(mine, name).values():
             nn.init.normal_(adapter.lora_B, std=0.02)  # type: ignore[arg-type]
+    mine.requires_grad_(False)
     for key, parameter in other.named_parameters():
         if "lora_B" in key:
             nn.init.normal_(parameter, std=0.02)

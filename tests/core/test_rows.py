@@ -1,5 +1,6 @@
 """A route for every row of a batch: what the contract suite does not ask."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 
 import deltaw
-from deltaw.core.attach import attach, detach
+from deltaw.core.attach import attach, detach, insert
+from deltaw.core.carried import here
 from deltaw.core.errors import UseError
 from deltaw.core.merge import merge
 from deltaw.core.route import live, use
@@ -131,3 +133,85 @@ def test_prompts_of_different_adapters_share_a_batch(tmp_path: Any) -> None:
         deltaw.generate(base.model, base.tokenizer, prompts, routes=["one", {}])
     with use(base.model, routes), pytest.raises(UseError, match="leave that `use` first"):
         deltaw.generate(base.model, base.tokenizer, prompts)
+
+
+def served(*ranks: int) -> nn.Module:
+    """Frozen adapters of several ranks on both layers, ready for a bank."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    for number, rank in enumerate(ranks):
+        attach(model, LoRA(rank=rank, alpha=3), targets="all-linear", name=f"a{number}")
+        stir(model)
+    return model.requires_grad_(False)
+
+
+def each(model: nn.Module, routes: list[Any], x: torch.Tensor) -> torch.Tensor:
+    """Every row by itself."""
+    found = []
+    for number, route in enumerate(routes):
+        with use(model, route):
+            found.append(model(x)[number])
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def test_a_bank_holds_the_parameters_themselves() -> None:
+    """Nothing is copied: values, names and files stay, later changes are seen, and a model that moves makes a new one."""
+    model = served(2, 3, 2)
+    x, before = torch.randn(4, 5, 6), {name: p.clone() for name, p in model.named_parameters()}
+    routes: list[Any] = ["a1", {"a0": 0.5, "a2": -1.0}, {}, "a1"]
+    expected = each(model, routes, x)
+    with use(model, routes):
+        torch.testing.assert_close(model(x), expected)
+        bank = here(model[0]).bank
+        assert bank is not None and bank.holds([model[0].adapters[n]["weight"] for n in ("a0", "a1", "a2")])
+        model[0].adapters["a1"]["weight"].lora_B.data.mul_(2.0)
+        changed = model(x)
+        assert float((changed - expected)[0].abs().max()) > 1e-3
+        torch.testing.assert_close(changed[2], expected[2])
+    model[0].adapters["a1"]["weight"].lora_B.data.div_(2.0)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    twin = copy.deepcopy(model)
+    with use(twin, routes):
+        torch.testing.assert_close(twin(x), expected)
+    with use(model, routes):
+        model[0].adapters["a1"]["weight"].lora_B.data = before["0.adapters.a1.weight.lora_B"].clone()  # out of the bank
+        torch.testing.assert_close(model(x), expected)
+        model.double()
+        torch.testing.assert_close(model(x.double()).float(), expected)
+    model.float()
+    detach(model, "a1")
+    assert here(model[0]).bank is None  # nothing holds what is gone
+    with use(model, ["a0", {}, "a2", {}]):
+        assert model(x).shape == (4, 5, 4)
+    insert(twin, (saved := deltaw.extract(twin, "a0")), name="again")
+    assert all(t.is_contiguous() or t.ndim == 2 for group in saved.tensors.values() for t in group.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 2, 3), (1, 1, 4)])
+@pytest.mark.parametrize("steps", [1, 7])
+def test_ranks_and_lengths(ranks: tuple[int, ...], steps: int) -> None:
+    model, x = served(*ranks), torch.randn(6, steps, 6)
+    routes: list[Any] = ["a0", "a1", "a2", {"a0": 0.5, "a1": 0.25, "a2": -2.0}, {}, "a1"]
+    expected = each(model, routes, x)
+    with use(model, routes):
+        torch.testing.assert_close(model(x), expected)
+    half = model.bfloat16()
+    with use(half, routes):
+        torch.testing.assert_close(half(x.bfloat16()).float(), expected, rtol=0.05, atol=0.1)
+
+
+@torch.no_grad()
+def test_where_a_bank_does_not_pay() -> None:
+    """Ranks or rows that are too unlike are computed one adapter after the other, and give the same."""
+    for ranks in ((1, 1, 1, 1, 1, 4), (2, 2, 2, 2, 2, 2)):
+        model, x = served(*ranks), torch.randn(24, 1, 6)
+        routes: list[Any] = [f"a{n}" for n in range(5)] + ["a5"] * 19
+        expected = each(model, routes, x)
+        with use(model, routes):
+            torch.testing.assert_close(model(x), expected)
+    trained = served(2, 2)
+    for parameter in trained[0].adapters.parameters():
+        parameter.requires_grad_(True)
+    with use(trained, ["a0", "a1"]):
+        assert here(trained[0]).bank is None and here(trained[1]).bank is not None

@@ -79,6 +79,20 @@ class WeightAdapter(Adapter):
 
     thin: bool = False
     """True where forward is best done with its `factors`, [r, in] and [out, r]: hosts may then fuse it with their own."""
+
+    @property
+    def movable(self) -> bool:
+        """May its factors become slices of larger tensors (`core.rows.Bank`), by `move_into`?"""
+        return False
+
+    def move_into(self, a: Tensor, bt: Tensor) -> None:
+        """Keep its factors in a [r, in] and bt [r, out] from now on; their values go along."""
+        raise NotImplementedError
+
+    def lies_in(self, a: Tensor, bt: Tensor) -> bool:
+        """Are its factors there still?"""
+        raise NotImplementedError
+
     added: int = 0
     """Rows that it brings to a table: its merged weight is so much larger."""
 

@@ -23,6 +23,8 @@ class Carried:
         """Name → its adapters here, ready to be made live."""
         self.live: tuple[Live, ...] = ()
         """What acts now, innermost first."""
+        self.bank: Any = None
+        """What makes the rows of a batch at once (`core.rows.Bank`), where that can be."""
         self.merged: tuple[str, ...] = ()
         """Names whose change is in the weights; never live."""
         self.roots: dict[str, list[tuple[Root, str]]] = {}

@@ -30,7 +30,16 @@ class Adapted:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = super().forward  # type: ignore[misc]
-        for adapter, host, strength in self._deltaw.live:  # the first is innermost; additive ones commute
+        there = self._deltaw
+        if (
+            there.bank is not None
+            and there.bank.live is there.live
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        ):
+            y = there.bank(call, *args, **kwargs)
+            if y is not None:
+                return y
+        for adapter, host, strength in there.live:  # the first is innermost; additive ones commute
             around = functools.partial(by_rows, adapter) if isinstance(strength, PerRow) else adapter
             call = functools.partial(around, host, call, strength)
         return call(*args, **kwargs)
@@ -127,7 +136,7 @@ def remove(module: nn.Module, name: str, model: nn.Module) -> None:
     holder = cast(nn.ModuleDict, module.adapters)
     if name in holder:
         del holder[name]
-    there.live = tuple(entry for entry in there.live if entry[0].name != name)
+    there.live, there.bank = tuple(entry for entry in there.live if entry[0].name != name), None
     for root, path in there.roots.pop(name, ()):
         root.placed.get(name, set()).discard(path)
         if not root.placed.get(name):

@@ -21,7 +21,7 @@ from deltaw.core.adapter import Adapter, WeightAdapter
 from deltaw.core.base import unwrapped
 from deltaw.core.carried import carried, here
 from deltaw.core.errors import UseError, did_you_mean, faults
-from deltaw.core.rows import PerRow, whole
+from deltaw.core.rows import PerRow, Plan, settle, whole
 
 Route = Mapping[str, float]
 """Adapter name → strength. Names left out, and strength 0, are off."""
@@ -131,9 +131,11 @@ def apply_rows(modules: list[nn.Module], routes: Sequence[Route]) -> None:
             if acts:
                 rows, strengths = zip(*acts, strict=True)
                 wanted[name] = PerRow(torch.tensor(strengths, dtype=torch.float32), torch.tensor(rows), len(routes))
+    plans: dict[Any, Plan | None] = {}
     for module in modules:
         there = here(module)
         there.live = tuple((a, host, at) for name, at in wanted.items() for a, host, _ in there.entries.get(name, ()))
+        settle(there, there.live, plans)
 
 
 def _route(given: object) -> Route:

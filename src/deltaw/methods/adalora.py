@@ -18,10 +18,9 @@ fails where b(t) = b₀.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from deltaw.core.errors import UseError
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, register
 from deltaw.methods.lora import LoRAAdapter
-from deltaw.methods.ranked import unfit_rank
+from deltaw.methods.ranked import number, unfit_rank
 
 
 class AdaLoRAAdapter(LoRAAdapter):
@@ -102,18 +101,18 @@ class AdaLoRA(Method):
         ]
         if not found and self.rank and self.target_rank and self.target_rank > self.rank:
             found.append(f"target_rank={self.target_rank} is above the initial rank={self.rank}: it only falls")
-        if self.alpha is not None and not (_number(self.alpha) and self.alpha > 0):
+        if self.alpha is not None and not (number(self.alpha) and self.alpha > 0):
             found.append(f"alpha={self.alpha!r} is not a positive number")
-        if not (_number(self.dropout) and 0 <= self.dropout < 1):
+        if not (number(self.dropout) and 0 <= self.dropout < 1):
             found.append(f"dropout={self.dropout!r} is not in [0, 1)")
         parts = {"tinit": self.tinit, "tfinal": self.tfinal}
-        wrong = [k for k, v in parts.items() if not (_number(v) and (0 <= v < 1 or (v >= 1 and v == int(v))))]
+        wrong = [k for k, v in parts.items() if not (number(v) and (0 <= v < 1 or (v >= 1 and v == int(v))))]
         found += [f"{k}={parts[k]!r} is neither a whole number of steps nor a share of them in [0, 1)" for k in wrong]
         if not wrong and self.tinit < 1 and self.tfinal < 1 and self.tinit + self.tfinal >= 1:
             found.append(f"tinit={self.tinit} and tfinal={self.tfinal} leave no steps to prune in: together below 1")
         betas = {"beta1": self.beta1, "beta2": self.beta2}
-        found += [f"{k}={v!r} is not in (0, 1)" for k, v in betas.items() if not (_number(v) and 0 < v < 1)]
-        if not (_number(self.orth) and self.orth >= 0):
+        found += [f"{k}={v!r} is not in (0, 1)" for k, v in betas.items() if not (number(v) and 0 < v < 1)]
+        if not (number(self.orth) and self.orth >= 0):
             found.append(f"orth={self.orth!r} is not a number of at least 0")
         return found
 
@@ -183,7 +182,3 @@ class AdaLoRA(Method):
         gone[scores.argsort(stable=True)[: first - budget]] = True
         for adapter, mask in zip(ours, gone.split([len(adapter.lora_E) for adapter in ours]), strict=True):
             adapter.lora_E[mask.to(adapter.lora_E.device)] = 0.0
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -32,7 +32,7 @@ from deltaw.methods.eva import eva
 from deltaw.methods.full import companions
 from deltaw.methods.inits import STARTS, Start, loftq, split, within
 from deltaw.methods.patterns import first_hit
-from deltaw.methods.ranked import kaiming, unfit_rank
+from deltaw.methods.ranked import kaiming, positive, unfit_rank
 
 
 class LoRAAdapter(WeightAdapter):
@@ -62,6 +62,17 @@ class LoRAAdapter(WeightAdapter):
 
     def weighted(self, host: Any, x: Tensor, strength: Tensor) -> Tensor:
         return self.low_rank(host, self.dropped(x), self.scale * strength)
+
+    @property
+    def movable(self) -> bool:
+        linear = self.lora_A.ndim == 2 and not self.spec.lookup
+        return type(self) is LoRAAdapter and linear and not (self.lora_A.requires_grad or self.lora_B.requires_grad)
+
+    def move_into(self, a: Tensor, bt: Tensor) -> None:
+        self.lora_A.data, self.lora_B.data = a.copy_(self.lora_A.data), bt.copy_(self.lora_B.data.T).T
+
+    def lies_in(self, a: Tensor, bt: Tensor) -> bool:
+        return self.lora_A.data_ptr() == a.data_ptr() and self.lora_B.data_ptr() == bt.data_ptr()
 
     def low_rank(self, host: Any, x: Tensor, scale: float | Tensor) -> Tensor:
         (a, b), dtype = self.pair(), compute_dtype(host, x)
@@ -146,21 +157,19 @@ class LoRA(Method):
             for k, v in ranks.items()
             if v is not None and not (type(v) is int and v >= 1)
         ]
-        found += [
-            f"{k}={v!r} is not a positive number" for k, v in alphas.items() if v is not None and not _positive(v)
-        ]
+        found += [f"{k}={v!r} is not a positive number" for k, v in alphas.items() if v is not None and not positive(v)]
         found += [f"{option}: {said}" for option, pattern in self._patterns() if (said := patterns.invalid(pattern))]
         if not isinstance(self.rslora, bool):
             found.append(f"rslora={self.rslora!r} is neither true nor false")
         if not isinstance(self.dropout, int | float) or isinstance(self.dropout, bool) or not 0.0 <= self.dropout < 1.0:
             found.append(f"dropout={self.dropout!r} is not in [0, 1)")
-        if not _positive(self.plus):
+        if not positive(self.plus):
             found.append(f"plus={self.plus!r} is not a positive number")
-        if not _positive(self.init_std):
+        if not positive(self.init_std):
             found.append(f"init_std={self.init_std!r} is not a positive number")
         if self.niter is not None and not (type(self.niter) is int and self.niter >= 0):
             found.append(f"niter={self.niter!r} is not a whole number of iterations")
-        if not _positive(self.rho) or self.rho < 1:
+        if not positive(self.rho) or self.rho < 1:
             found.append(f"rho={self.rho!r} is not a number of at least 1")
         for option, known in (
             ("init", ("kaiming", "gaussian", "normal", "eva", "loftq", *STARTS)),
@@ -284,7 +293,3 @@ class LoRA(Method):
 def plain(rank: int, alpha: float | None = None, corrects: bool = False) -> LoRA:
     """A LoRA made of others, of scale 1 by default; init only says to which base it belongs (`Method.corrects`)."""
     return LoRA(rank=rank, alpha=float(alpha or rank), init="loftq" if corrects else "kaiming")
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0

@@ -76,7 +76,7 @@ class Ranked(Method):
         found = []
         if self.rank is not None and not (type(self.rank) is int and self.rank >= 1):
             found.append(f"rank={self.rank!r} is not a whole number of at least 1")
-        if not _number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+        if not number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             found.append(f"dropout={self.dropout!r} is not in [0, 1)")
         if isinstance(self.modules_to_save, str):
             found.append(
@@ -103,7 +103,7 @@ class Scaled(Ranked):
     """α; the scale is α/r. Default: r, a scale of 1."""
 
     def invalid(self) -> Sequence[str]:
-        wrong = self.alpha is not None and not (_number(self.alpha) and math.isfinite(self.alpha) and self.alpha > 0)
+        wrong = self.alpha is not None and not positive(self.alpha)
         return [*super().invalid(), *([f"alpha={self.alpha!r} is not a positive number"] if wrong else [])]
 
     def at(self, path: str, spec: HostSpec) -> Self:
@@ -135,5 +135,10 @@ def kaiming(tensor: Tensor, inputs: int) -> None:
     nn.init.uniform_(tensor, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def number(value: Any) -> bool:
+    """Is it a finite number? True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def positive(value: Any) -> bool:
+    return number(value) and bool(value > 0)
