@@ -6,7 +6,11 @@ An adapter computes on its own rows alone, taken out of x and added back into y.
 of its route: what is not finite in one adapter stays in its own rows.
 
 Low-rank adapters of one linear layer, all frozen, move into a `Bank`: their factors become slices of two tensors, so that
-all of them are two batched products (`kernels.bank`). They stay parameters with their values; nothing is copied at a switch.
+all of them are two batched products. They stay parameters with their values; nothing is copied at a switch.
+
+    a [K, r, in], bt [K, r, out]     fp32; smaller ranks end in zeros
+    rows [K, n], weights [K, n]      the rows of adapter k in the batch, and strength · scale there; 0 where it has fewer
+    y[rows] += weights · (x[rows] aᵀ) bt
 """
 
 from collections.abc import Sequence
@@ -19,7 +23,6 @@ from deltaw.core.adapter import Adapter, Call, WeightAdapter
 from deltaw.core.carried import Carried
 from deltaw.core.errors import UseError
 from deltaw.core.host import Host, WeightHost
-from deltaw.kernels.bank import bank_rows
 
 
 class PerRow(NamedTuple):
@@ -52,8 +55,24 @@ def by_rows(adapter: Any, host: Any, call: Call, there: PerRow, *args: Any, **kw
         )
     rows, strengths = there.rows.to(x.device), there.strengths.to(x.device)
     change = adapter.branch(host, x[rows])  # [n, …, out]
-    change = (strengths.view(-1, *[1] * (change.ndim - 1)) * change.float()).to(y.dtype)
+    change = (strengths.view(-1, *[1] * (change.ndim - 1)) * change).to(y.dtype)  # in fp32, or wider
     return y.index_add(0, rows, change)
+
+
+def bank_rows(y: Tensor, x: Tensor, a: Tensor, bt: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """y [B, …, out] with the changes of x [B, …, in] added."""
+    mine = x[rows].flatten(1, -2)  # [K, n · T, in]
+    if (
+        mine.shape[1] <= a.shape[1] and x.dtype.itemsize < a.dtype.itemsize
+    ):  # the smaller side is cast: few rows, or the factors
+        mine = mine.to(a.dtype)
+    else:
+        a, bt = a.to(x.dtype), bt.to(x.dtype)
+    out = torch.bmm(torch.bmm(mine, a.mT), bt).view(*rows.shape, *y.shape[1:])
+    weights = weights.view(*rows.shape, *[1] * (y.ndim - 1))
+    # rows that are filled up add nothing, and not 0 · NaN
+    change = torch.where(weights != 0, weights.to(out.dtype) * out, 0.0)
+    return y.index_add(0, rows.flatten(), change.flatten(0, 1).to(y.dtype))
 
 
 SKEW = 4

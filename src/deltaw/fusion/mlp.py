@@ -96,7 +96,7 @@ def _same(one: Any, other: Any, x: Tensor) -> bool:
     return torch.equal(one(x), other(x))
 
 
-@torch.no_grad()
+@torch.enable_grad()  # as in training: a decoding step may be computed in another way
 def _equal(module: nn.Module, parts: Parts, width: int) -> bool:
     """Does the module compute what the fused form does? Both on a small random input, in its own dtype."""
     simple = parts.down.simple()

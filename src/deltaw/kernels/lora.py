@@ -58,7 +58,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
 
 def few(x: Tensor, a: Tensor) -> bool:
     """Are there no more rows than ranks, as in a decoding step, and no gradient? Then x is the smaller thing to cast."""
-    return not torch.is_grad_enabled() and x.dtype != a.dtype and x.shape[:-1].numel() <= a.shape[0]
+    return not torch.is_grad_enabled() and x.dtype.itemsize < a.dtype.itemsize and x.shape[:-1].numel() <= a.shape[0]
 
 
 def few_rows(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
