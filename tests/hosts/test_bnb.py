@@ -238,7 +238,7 @@ def test_parameters_count_as_values_and_one_base_is_one_identity() -> None:
     assert type(one).from_dict(one.to_dict()) == one and "quantized" not in two.to_dict()
     with torch.no_grad():
         plain[0].weight.add_(1.0)
-    assert "values of 0.weight differ" in str(one.difference(identify(plain)))
+    assert "the values of 0.weight do not" in str(one.difference(identify(plain)))
 
 
 def test_hosts_need_no_bitsandbytes_until_there_is_a_layer() -> None:

@@ -326,7 +326,7 @@ def test_save_and_load(family: str, tmp_path: Path) -> None:
     assert ours.methods == theirs.methods and ours.specs == theirs.specs
     changed = build(family)
     changed.model.layers[0].mlp.experts.down_proj.add_(1.0)
-    with pytest.raises(BaseMismatchError, match=r"experts.down_proj differ"):
+    with pytest.raises(BaseMismatchError, match=r"the values of .*experts.down_proj"):
         deltaw.load(changed, tmp_path / "adapter")
 
 

@@ -37,10 +37,11 @@ def jsonl(folder: Path, count: int, name: str = "rows.jsonl") -> Path:
 
 
 def config(file: Path, output: Path, **data: Any) -> dict[str, Any]:
+    answers = 0 if data.get("eval", 0.2) is None else 3
     return {
         "model": "tiny", "data": {"train": str(file), "eval": 0.2, **data}, "adapter": {"rank": 4, "dropout": 0.1},
         "train": {
-            "max_steps": 4, "batch_size": 4, "learning_rate": 5e-3, "dtype": "fp32", "generate": 3, "group_by_length": True,
+            "max_steps": 4, "batch_size": 4, "learning_rate": 5e-3, "dtype": "fp32", "generate": answers, "group_by_length": True,
         },
         "output": str(output),
     }  # fmt: skip
