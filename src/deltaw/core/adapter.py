@@ -78,7 +78,12 @@ class WeightAdapter(Adapter):
         raise NotImplementedError
 
     thin: bool = False
-    """True where forward is best done with its `factors`, [r, in] and [out, r]: hosts may then fuse it with their own."""
+    """True where forward is best done with its `factors`, [r, in] and [out, r]: hosts may then fuse it with their own, and
+    `branch` is not asked. A subclass says so itself."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.thin = cls.__dict__.get("thin", False)
 
     @property
     def movable(self) -> bool:

@@ -34,6 +34,8 @@ from deltaw.methods.ranked import number, unfit_rank
 
 
 class AdaLoRAAdapter(LoRAAdapter):
+    thin = True
+
     def __init__(self, spec: HostSpec, rank: int, scale: float, dropout: float = 0.0):
         super().__init__(HostSpec((spec.shape[0], spec.fan_in)), rank, scale, dropout)
         self.shape = spec.shape

@@ -24,8 +24,6 @@ from deltaw.methods.lora import LoRA, LoRAAdapter
 
 
 class DoRAAdapter(LoRAAdapter):
-    thin = False
-
     def __init__(self, spec: HostSpec, rank: int, scale: float, dropout: float = 0.0):
         super().__init__(spec, rank, scale, dropout)
         self.magnitude = nn.Parameter(torch.ones(spec.shape[0], dtype=torch.float32))

@@ -84,6 +84,8 @@ class LoRAAdapter(WeightAdapter):
 class SplitLoRAAdapter(LoRAAdapter):
     """A LoRA that starts from factors of the weight itself."""
 
+    thin = True
+
     lora_A0: Tensor
     lora_B0: Tensor
 
