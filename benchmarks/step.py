@@ -5,7 +5,7 @@
 Llama of 75 M parameters (hidden 768, 8 layers, random), LoRA r 16 on all linear layers, stock loss on all positions.
     bound       the frozen base, with gradients for activations alone: what every adapter pays
     peft        PEFT as it comes       peft_cast    with autocast_adapter_dtype=False
-    ours        deltaw                 full         all weights
+    ours        deltaw as it trains    plain        deltaw without fused MLPs     full    all weights
 A step is forward and backward; sides take turns, each side's time is the median over rounds, given as a ratio. Bytes are
 those of distinct storages held by saved tensors, parameters left out, per token and layer. From one start, five AdamW
 steps of ours and PEFT's give equal losses, and gradients are not zero: asserted.
@@ -28,8 +28,9 @@ from benchmarks._common import keep, parser
 from deltaw.core.attach import adapters
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SIDES = ("bound", "ours", "peft", "peft_cast", "full")
+SIDES = ("bound", "ours", "plain", "peft", "peft_cast", "full")
 LAYERS, RANK, ALPHA = 8, 16, 32
+FUSED: list[Any] = []
 Side = tuple[nn.Module, list[nn.Parameter]]
 
 
@@ -49,8 +50,11 @@ def build(side: str, model: nn.Module, dropout: float) -> Side:
         model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())  # type: ignore[operator]
     elif side == "full":
         model.requires_grad_(True)
-    elif side == "ours":
+    elif side in ("ours", "plain"):
         deltaw.attach(model, deltaw.LoRA(rank=RANK, alpha=ALPHA, dropout=dropout), targets="all-linear")
+        if side == "ours":
+            FUSED.append(deltaw.fused(model))  # until the benchmark ends
+            assert FUSED[-1].__enter__() == LAYERS
     else:
         config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear")
         model = peft.get_peft_model(model, config, autocast_adapter_dtype=side == "peft")  # type: ignore[arg-type, assignment]
@@ -163,3 +167,5 @@ def main(arguments: list[str]) -> None:
             found[f"{dtype} {shape}"] = compare(model, args.sides.split(","), rows, length, args.rounds, args.dropout)
             print(dtype, shape, found[f"{dtype} {shape}"], flush=True)
     write("step_dropout" if args.dropout else "step", found)
+    for one in FUSED:
+        one.__exit__(None, None, None)
