@@ -62,9 +62,8 @@ def by_rows(adapter: Any, host: Any, call: Call, there: PerRow, *args: Any, **kw
 def bank_rows(y: Tensor, x: Tensor, a: Tensor, bt: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     """y [B, …, out] with the changes of x [B, …, in] added."""
     mine = x[rows].flatten(1, -2)  # [K, n · T, in]
-    if (
-        mine.shape[1] <= a.shape[1] and x.dtype.itemsize < a.dtype.itemsize
-    ):  # the smaller side is cast: few rows, or the factors
+    # the smaller side is cast: few rows, or the factors
+    if mine.shape[1] <= a.shape[1] and x.dtype.itemsize < a.dtype.itemsize:
         mine = mine.to(a.dtype)
     else:
         a, bt = a.to(x.dtype), bt.to(x.dtype)
@@ -143,7 +142,11 @@ def _plan(parts: Sequence[tuple[int, float, PerRow]], everyone: int, device: tor
 def settle(there: Carried, live: tuple[Any, ...], plans: dict[Any, Plan | None]) -> None:
     """Route the module's bank for these entries, made anew where its adapters are others; none where there can be none."""
     adapters = [adapter for group in there.entries.values() for adapter, _, _ in group]
-    if not live or len(adapters) < 2 or not all(getattr(adapter, "movable", False) for adapter in adapters):
+    if (
+        not live
+        or len(adapters) < 2
+        or not all(isinstance(adapter, WeightAdapter) and adapter.movable for adapter in adapters)
+    ):
         there.bank = None
         return
     if there.bank is None or not there.bank.holds(adapters):

@@ -178,7 +178,7 @@ def delta(state: AdapterState, path: Site | str, weight: Tensor) -> Tensor:
     reason = None if site in state.specs else misfit(state.methods[site], state.tensors[site], spec)
     if reason:
         raise UseError(f"{site}: {reason}")
-    adapter = _built(state, site, spec)
+    adapter = built(state, site, spec)
     full = wide(weight)
     with torch.no_grad():
         merged = adapter.merged(full)
@@ -190,10 +190,10 @@ def delta(state: AdapterState, path: Site | str, weight: Tensor) -> Tensor:
 def _factors(state: AdapterState, site: Site) -> Factors | None:
     """Of a method whose factors the tensors alone do not tell (VeRA)."""
     method = state.methods[site]
-    return _built(state, site).factors() if method.host is WeightHost and not method.follows_ties else None
+    return built(state, site).factors() if method.host is WeightHost and not method.follows_ties else None
 
 
-def _built(state: AdapterState, site: Site, spec: HostSpec | None = None) -> WeightAdapter:
+def built(state: AdapterState, site: Site, spec: HostSpec | None = None) -> WeightAdapter:
     """The adapter of a site by itself; the random numbers that it would start from are nobody's."""
     with torch.random.fork_rng(devices=[]):
         adapter = state.methods[site].build(spec or state.specs[site])

@@ -69,14 +69,13 @@ def parts_of(module: nn.Module) -> Parts | None:
     children = dict(module.named_children())
     linear = {name: child for name, child in children.items() if issubclass(base_class_of(child), nn.Linear)}
     others = [child for name, child in children.items() if name not in linear]
-    if len(linear) != 3 or len(others) > 1 or carried(module) or module._parameters or "forward" in module.__dict__:
+    if len(linear) != 3 or len(others) != 1 or carried(module) or module._parameters or "forward" in module.__dict__:
         return None
-    act = others[0] if others else None
     shapes: dict[str, tuple[int, int]] = {n: (c.out_features, c.in_features) for n, c in linear.items()}  # type: ignore[misc]
     for down, (width, inner) in shapes.items():
         first, second = (name for name in shapes if name != down)
-        if shapes[first] == shapes[second] == (inner, width) and act is not None:
-            kind = _kind(act)
+        if shapes[first] == shapes[second] == (inner, width):
+            kind = _kind(others[0])
             for gate, up in ((first, second), (second, first)) if kind else ():
                 parts = Parts(gate, up, host_of(linear[down]), str(kind))
                 if _equal(module, parts, width):
@@ -89,11 +88,7 @@ def _kind(act: nn.Module) -> str | None:
     x = torch.linspace(-4, 4, 101)
     if any(True for _ in act.parameters()):
         return None
-    return next((kind for kind, known in ACTIVATIONS.items() if _same(act, known.forward, x)), None)
-
-
-def _same(one: Any, other: Any, x: Tensor) -> bool:
-    return torch.equal(one(x), other(x))
+    return next((kind for kind, known in ACTIVATIONS.items() if torch.equal(act(x), known.forward(x))), None)
 
 
 @torch.enable_grad()  # as in training: a decoding step may be computed in another way

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaw.core.adapter import WeightAdapter
 from deltaw.core.carried import base_class_of, carried, here
 from deltaw.core.host import HostSpec, Map, WeightHost, register
 from deltaw.core.rows import PerRow
@@ -53,9 +54,8 @@ class LinearHost(WeightHost):
         if not live:
             return *frozen, None
         adapter, _, strength = live[0]
-        if isinstance(strength, PerRow):
-            return None
-        return (*frozen, _change(adapter, strength)) if getattr(adapter, "thin", False) and not adapter.drops else None
+        alone = isinstance(adapter, WeightAdapter) and adapter.thin and not adapter.drops
+        return (*frozen, _change(adapter, strength)) if alone and not isinstance(strength, PerRow) else None
 
     def _frozen(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias where the layer's own forward is that of nn.Linear and trains neither."""

@@ -49,10 +49,8 @@ class LoRALinear(Function):
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     """x [.., in], weight [out, in] frozen, a [r, in], b [out, r], scale a number or a 0-dim tensor → [.., out]."""
-    if few(x, a):
-        return F.linear(x, weight, bias) + few_rows(x, a, b, scale)
-    if x.ndim == 1:
-        return F.linear(x, weight, bias) + F.linear(F.linear(x, a.to(x.dtype)), (scale * b).to(x.dtype))
+    if few(x, a) or x.ndim == 1:
+        return lora_add(F.linear(x, weight, bias), x, a, b, scale)
     return LoRALinear.apply(x, weight, bias, a, b, scale)[0]  # type: ignore[no-any-return]
 
 

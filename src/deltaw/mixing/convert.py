@@ -16,7 +16,7 @@ from deltaw.core.adapter import Factors, WeightAdapter
 from deltaw.core.errors import UseError, faults
 from deltaw.core.host import HostSpec, ParameterHost, host_of
 from deltaw.core.method import Method, Site
-from deltaw.core.state import AdapterState, delta
+from deltaw.core.state import AdapterState, built, delta
 from deltaw.core.text import columns
 from deltaw.methods.full import Full
 from deltaw.methods.lora import LoRA, plain
@@ -130,12 +130,11 @@ def _beside(state: AdapterState, site: Site, weights: Weights | None) -> dict[Si
     method, found = state.methods[site], dict[Site, Tensor]()
     if _is_kept(method):
         return found
-    adapter: Any = method.build(state.specs[site])
-    if not isinstance(adapter, WeightAdapter) or type(adapter).beside is WeightAdapter.beside:
+    adapter = built(state, site)
+    if type(adapter).beside is WeightAdapter.beside:
         return {}
     if not isinstance(weights, nn.Module):
         raise UseError(f"{method.name} also changes the bias of a layer that has one: give the model as weights")
-    adapter.load_state_dict(dict(state.tensors[site]))
     adapter.name, adapter.method = method.name, method
     with torch.no_grad():
         for changed, host in adapter.beside(host_of(weights.get_submodule(site.path), site.slot)):

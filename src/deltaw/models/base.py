@@ -49,7 +49,7 @@ def resolve(name: str) -> str:
         folder.is_absolute()
         or name.startswith((".", "~"))
         or name.count("/") > 1
-        or not (named_hub(name) or "/" in name)
+        or ("/" not in name and not named_hub(name))
     ):
         near = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise FileError(

@@ -4,6 +4,8 @@ config → sources → rows → (tokenizer, template) → encoded rows, report
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +40,7 @@ class Prepared:
     kept: Kept
     """What the adapter keeps of the tokenizer."""
 
-    @property
+    @functools.cached_property
     def remarks(self) -> list[str]:
         """What is allowed and seldom meant, each a sentence."""
         found = []
@@ -64,7 +66,7 @@ class Prepared:
         """The text of the first rows with what they learn between ⟦ and ⟧; long ones lose their middle."""
         rows = list(self.encoded[:count])
         if count and self.report.cut and not any(row.cut for row in rows):
-            rows += [row for row in self.encoded if row.cut][:1]  # what a cut leaves is worth a look
+            rows += itertools.islice((row for row in self.encoded if row.cut), 1)  # what a cut leaves is worth a look
         texts = [preview(row, self.tokenizer).rstrip("\n") for row in rows]
         return [text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}" for text in texts]
 
