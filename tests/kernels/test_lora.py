@@ -5,9 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import deltaw
+from deltaw.kernels.dropout import dropped, kept, new_seed
 from deltaw.kernels.glu import ACTIVATIONS, glu_down
 from deltaw.kernels.lora import lora_add, lora_linear
 
@@ -24,29 +26,95 @@ def plain(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale
     return F.linear(x, w, bias) + scale * F.linear(F.linear(x, a), b)
 
 
+def seeded(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """With the same masks at every call."""
+
+    def run(*inputs: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return function(*inputs)
+
+    return run
+
+
+def explicit(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor | None, p: float) -> Tensor:
+    """The formula with the mask as a tensor."""
+    torch.manual_seed(7)
+    mask = dropped(torch.ones_like(x), new_seed(), p) / kept(p) if p else 1.0
+    z = F.linear(x, w) + S * F.linear(F.linear(mask * x, a), b)
+    y = z if gain is None else gain * z
+    return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_the_linear_layer_and_its_gradients(with_bias: bool) -> None:
+def test_the_linear_layer_and_its_gradients(with_bias: bool, gained: bool, p: float) -> None:
     x, a, b, w, bias = tensors()
     given = bias if with_bias else None
-    y, expected = lora_linear(x, w, given, a, b, S), plain(x, w, given, a, b, S)
+    gain = [(1 + torch.randn(OUT, dtype=torch.float64)).requires_grad_()] if gained else []
+
+    def plain(x: Tensor, a: Tensor, b: Tensor, *gain: Tensor) -> Tensor:
+        return explicit(x, w, given, a, b, *(gain or (None,)), p)  # type: ignore[arg-type, misc]
+
+    ours = seeded(lambda x, a, b, *gain: lora_linear(x, w, given, (a, b, S, *(gain or (None,)), p)))  # type: ignore[arg-type, misc]
+    inputs = (x, a, b, *gain)
+    y, expected = ours(*inputs), plain(*inputs)
     torch.testing.assert_close(y, expected)
     g = torch.randn_like(y)
-    for one, other in zip(
-        torch.autograd.grad(y, (x, a, b), g), torch.autograd.grad(expected, (x, a, b), g), strict=True
-    ):
+    for one, other in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(expected, inputs, g), strict=True):
         torch.testing.assert_close(one, other)
-    torch.testing.assert_close(lora_add(F.linear(x, w, given), x, a, b, S), expected)
-    assert torch.autograd.gradcheck(lambda *p: lora_linear(p[0], w, given, p[1], p[2], S), (x, a, b))
-    assert torch.autograd.gradgradcheck(lambda *p: lora_linear(p[0], w, given, p[1], p[2], S), (x, a, b))
+    assert torch.autograd.gradcheck(ours, inputs) and torch.autograd.gradgradcheck(ours, inputs)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_change_added_to_something_else(p: float) -> None:
+    x, a, b, w, bias = tensors()
+    ours = seeded(lambda x, a, b: lora_add(F.linear(x, w, bias), x, (a, b, S, None, p)))
+    torch.testing.assert_close(ours(x, a, b), explicit(x, w, bias, a, b, None, p))
+    assert torch.autograd.gradcheck(ours, (x, a, b)) and torch.autograd.gradgradcheck(ours, (x, a, b))
+
+
+def test_a_dropout_mask_has_its_share_and_its_seed() -> None:
+    x, seed = torch.ones(1000, 997, dtype=torch.bfloat16), torch.tensor(3)
+    for p in (0.05, 0.5):
+        y = dropped(x, seed, p)
+        assert abs(float(y.float().mean()) - kept(p)) < 3e-3 and abs(kept(p) - (1 - p)) < 1e-5
+        assert torch.equal(y, dropped(x, seed, p)) and not torch.equal(y, dropped(x, seed + 1, p))
+        columns = y.float().mean(0)  # no stripes
+        assert float((columns - columns.mean()).abs().max()) < 5 * (p * (1 - p) / 1000) ** 0.5
+
+
+def test_dropout_keeps_no_mask_and_is_made_again_under_checkpointing() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(IN, OUT)), torch.randn(6, IN)
+    deltaw.attach(model, deltaw.LoRA(rank=R, dropout=0.5), targets="0")
+    nn.init.normal_(model[0].adapters["default"]["weight"].lora_B)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        model(x)
+    inputs = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
+    assert sorted(t.numel() for t in kept if t.untyped_storage().data_ptr() not in inputs) == [
+        1,
+        6 * R,
+    ]  # the seed and h
+    gradients = []
+    for run in (model, lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)):
+        torch.manual_seed(5)
+        run(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True)) and gradients[0]
+    model.eval()
+    assert torch.equal(model(x), model(x))
 
 
 @pytest.mark.parametrize("shape", [(IN,), (3, IN), (2, 3, 4, IN), (0, IN)])
 def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     _, a, b, w, bias = tensors()
     x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-    y, expected = lora_linear(x, w, bias, a, b, S), plain(x, w, bias, a, b, S)
+    y, expected = lora_linear(x, w, bias, (a, b, S, None, 0.0)), plain(x, w, bias, a, b, S)
     torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(lora_add(F.linear(x, w, bias), x, a, b, S), expected)
+    torch.testing.assert_close(lora_add(F.linear(x, w, bias), x, (a, b, S, None, 0.0)), expected)
     torch.testing.assert_close(torch.autograd.grad(y.sum(), a)[0], torch.autograd.grad(expected.sum(), a)[0])
 
 
@@ -55,7 +123,7 @@ def test_gradients_per_sample() -> None:
     x, a, b, w, bias = (t.detach() for t in tensors())
 
     def loss(a: Tensor, x: Tensor) -> Tensor:
-        return lora_linear(x, w, bias, a, b, S).square().sum()
+        return lora_linear(x, w, bias, (a, b, S, None, 0.0)).square().sum()
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(a, x)
     for number in range(3):
@@ -70,7 +138,7 @@ def test_masters_are_fp32_and_x_is_never_copied() -> None:
     w = torch.randn(OUT, IN, dtype=torch.bfloat16)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        y = lora_linear(x, w, None, a, b, torch.tensor(S))
+        y = lora_linear(x, w, None, (a, b, torch.tensor(S), None, 0.0))
     inputs = {t.untyped_storage().data_ptr() for t in (x, w, a, b)}
     assert y.dtype == torch.bfloat16
     assert [tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in inputs] == [(6, R)]
@@ -81,27 +149,32 @@ def test_masters_are_fp32_and_x_is_never_copied() -> None:
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("changed", [True, False])
+CHANGES = {"alone": (False, 0.0), "gain": (True, 0.0), "dropout": (False, 0.3)}
+
+
+@pytest.mark.parametrize("change", [None, *CHANGES])
 @pytest.mark.parametrize("kind", ACTIVATIONS)
-def test_the_gated_product(kind: str, changed: bool) -> None:
+def test_the_gated_product(kind: str, change: str | None) -> None:
     gate, up = (torch.randn(3, 5, IN, dtype=torch.float64, requires_grad=True) for _ in range(2))
     _, a, b, w, bias = tensors()
+    gained, p = CHANGES.get(change or "", (False, 0.0))
+    gain = torch.randn(OUT, dtype=torch.float64, requires_grad=True) if gained else None
 
-    def dense(gate: Tensor, up: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        p = ACTIVATIONS[kind].forward(gate) * up
-        return plain(p, w, bias, a, b, S) if changed else F.linear(p, w, bias)
+    def dense(gate: Tensor, up: Tensor, *rest: Tensor) -> Tensor:
+        product = ACTIVATIONS[kind].forward(gate) * up
+        return explicit(product, w, bias, a, b, gain, p) if change else F.linear(product, w, bias)
 
-    def ours(gate: Tensor, up: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return glu_down(gate, up, w, bias, (a, b, S) if changed else None, kind)
+    def ours(gate: Tensor, up: Tensor, *rest: Tensor) -> Tensor:
+        return glu_down(gate, up, w, bias, (a, b, S, gain, p) if change else None, kind)
 
-    given = (gate, up, a, b) if changed else (gate, up)
-    y, expected = ours(gate, up, a, b), dense(gate, up, a, b)
+    ours = seeded(ours)
+    given = (gate, up, *((a, b) if change else ()), *((gain,) if gain is not None else ()))
+    y, expected = ours(*given), dense(*given)
     torch.testing.assert_close(y, expected)
     g = torch.randn_like(y)
     for one, other in zip(torch.autograd.grad(y, given, g), torch.autograd.grad(expected, given, g), strict=True):
         torch.testing.assert_close(one, other)
-    wanted = (gate, up, a, b) if changed else (gate, up, a.detach(), b.detach())
-    assert torch.autograd.gradcheck(ours, wanted) and torch.autograd.gradgradcheck(ours, wanted)
+    assert torch.autograd.gradcheck(ours, given) and torch.autograd.gradgradcheck(ours, given)
 
 
 STRENGTHS: list[tuple[str, Callable[[nn.Module], None]]] = [
@@ -148,8 +221,8 @@ def test_few_rows_are_computed_in_the_factors_own_dtype(rows: int) -> None:
         base = F.linear(x, w)
         change = S * (x.float() @ a.T @ b.T)
         expected = base + change.to(torch.bfloat16)
-        assert torch.equal(lora_linear(x, w, None, a, b, S), expected)
-        assert torch.equal(lora_add(base, x, a, b, torch.tensor(S)), expected)
+        assert torch.equal(lora_linear(x, w, None, (a, b, S, None, 0.0)), expected)
+        assert torch.equal(lora_add(base, x, (a, b, torch.tensor(S), None, 0.0)), expected)
     model = nn.Sequential(nn.Linear(IN, OUT, dtype=torch.bfloat16))
     deltaw.attach(model, deltaw.LoRA(rank=4), targets="0")
     for parameter in model[0].adapters.parameters():

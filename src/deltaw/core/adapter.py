@@ -29,6 +29,18 @@ class Factors(NamedTuple):
     scale: float
 
 
+class Change(NamedTuple):
+    """The forward of an adapter as a host may compute it together with its own: W' = gain ⊙ (W + scale · b @ a)."""
+
+    a: Tensor
+    b: Tensor
+    scale: float | Tensor
+    gain: Tensor | None = None
+    """[out], in fp32 or wider; None for ones."""
+    dropout: float = 0.0
+    """Share of a's input that is dropped now."""
+
+
 class Adapter(nn.Module):
     """Base of all adapters. Subclasses hold Parameters and override `forward`.
 
@@ -78,8 +90,8 @@ class WeightAdapter(Adapter):
         raise NotImplementedError
 
     thin: bool = False
-    """True where forward is best done with its `factors`, [r, in] and [out, r]: hosts may then fuse it with their own, and
-    `branch` is not asked. A subclass says so itself."""
+    """True where forward is best done with its `as_change`: hosts may then fuse it with their own, and `branch` is not asked.
+    A subclass says so itself."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -108,6 +120,17 @@ class WeightAdapter(Adapter):
     def factors(self) -> Factors | None:
         """The change as low-rank factors where it is exactly that, else None."""
         return None
+
+    def as_change(self, host: Any, strength: Tensor | None, alone: bool) -> Change | None:
+        """What `thin` ones do, with a [r, in] and b [out, r]; None where `branch` must be asked this time.
+
+        alone: the host makes x Wᵀ at the same time. Otherwise that is done, and it can only add to it: no gain.
+        """
+        found = self.factors() if self.thin else None
+        if found is None:
+            return None
+        scale = found.scale if strength is None else found.scale * strength
+        return Change(found.a, found.b, scale, None, self.dropout if self.drops else 0.0)
 
     def branch(self, host: Any, x: Tensor) -> Tensor:
         """What full strength adds to the layer's output: op(x, ΔW). Override where W need not be formed."""

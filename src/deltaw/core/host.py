@@ -183,7 +183,7 @@ class WeightHost(Host):
         return y + (adapter.branch(self, x) if strength is None else adapter.weighted(self, x, strength))
 
     def simple(self) -> tuple[Tensor, Tensor | None, Any] | None:
-        """(W, bias, (A, B, s) or None) where the layer now is x Wᵀ + bias + s·(x Aᵀ)Bᵀ and W frozen, else None."""
+        """(W, bias, `Change` or None) where the layer now is W and at most that beside it, W and bias frozen; else None."""
         return None
 
     def op(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -5,8 +5,8 @@
 
 An MLP is known by its structure: two linear layers [inner, width], one [width, inner], an activation, and a forward that
 equals the formula, to the bit, on a random input. gate and up are called as modules, whatever they carry; down must be
-a plain linear layer with at most one low-rank adapter on it. Where that is not so at the moment of a call (two live
-adapters, dropout, hooks, autocast), the class's own forward runs.
+a plain linear layer with at most one adapter on it that hosts can fuse (`WeightAdapter.as_change`). Where that is not so
+at the moment of a call (two live adapters, hooks, autocast), the class's own forward runs.
 """
 
 import contextlib
@@ -94,12 +94,12 @@ def _kind(act: nn.Module) -> str | None:
 @torch.enable_grad()  # as in training: a decoding step may be computed in another way
 def _equal(module: nn.Module, parts: Parts, width: int) -> bool:
     """Does the module compute what the fused form does? Both on a small random input, in its own dtype."""
-    simple = parts.down.simple()
-    if simple is None or simple[0].device.type == "meta":
-        return False
     training = module.training
     module.eval()
     try:
+        simple = parts.down.simple()
+        if simple is None or simple[0].device.type == "meta":
+            return False
         generator = torch.Generator().manual_seed(0)
         weight, bias, change = simple
         x = torch.randn(2, width, generator=generator).to(weight)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.core.adapter import WeightAdapter
-from deltaw.core.carried import base_class_of, carried, here
+from deltaw.core.carried import base_class_of, carried
 from deltaw.core.host import HostSpec, Map, WeightHost, register
 from deltaw.core.rows import PerRow
 from deltaw.kernels.lora import lora_add, lora_linear
@@ -38,13 +38,14 @@ class LinearHost(WeightHost):
     def adapted(
         self, adapter: Any, call: Callable[..., Any], strength: Tensor | None, *args: Any, **kwargs: Any
     ) -> Any:
-        x = args[0] if args else kwargs["input"]
-        if not adapter.thin or torch.is_autocast_enabled(x.device.type):
+        x, frozen = args[0] if args else kwargs["input"], self._frozen()
+        there = carried(self.module)
+        first = frozen is not None and there is not None and there.live[0][0] is adapter
+        alone = first and self._pristine
+        change = None if torch.is_autocast_enabled(x.device.type) else adapter.as_change(self, strength, alone)
+        if change is None:
             return super().adapted(adapter, call, strength, *args, **kwargs)
-        frozen, (a, b, scale) = self._frozen(), _change(adapter, strength)
-        if frozen is not None and here(self.module).live[0][0] is adapter and not adapter.drops:
-            return lora_linear(x, *frozen, a, b, scale)
-        return lora_add(call(x), adapter.dropped(x), a, b, scale)
+        return lora_linear(x, *frozen, change) if frozen is not None and first else lora_add(call(x), x, change)
 
     def simple(self) -> tuple[Tensor, Tensor | None, Any] | None:
         live = found.live if (found := carried(self.module)) is not None else ()
@@ -54,24 +55,27 @@ class LinearHost(WeightHost):
         if not live:
             return *frozen, None
         adapter, _, strength = live[0]
-        alone = isinstance(adapter, WeightAdapter) and adapter.thin and not adapter.drops
-        return (*frozen, _change(adapter, strength)) if alone and not isinstance(strength, PerRow) else None
+        if not isinstance(adapter, WeightAdapter) or isinstance(strength, PerRow):
+            return None
+        change = adapter.as_change(self, strength, alone=self._pristine)
+        return None if change is None else (*frozen, change)
+
+    @property
+    def _pristine(self) -> bool:
+        """Does the module compute with its own W, and nothing merged or trained in the place of it?"""
+        found = carried(self.module)
+        return found is None or self.slot not in found.pristine
 
     def _frozen(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias where the layer's own forward is that of nn.Linear and trains neither."""
+        """Weight and bias where the layer's own forward is that of nn.Linear and neither gets a gradient."""
         weight, bias = self.module.weight, self.module.bias
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        return (weight, bias) if self.plain and not trained else None
+        return (weight, bias) if self.plain and not (trained and torch.is_grad_enabled()) else None
 
     def act(
         self, x: Tensor, dense: Callable[[], Tensor], vectors: Map | None = None, columns: Map | None = None
     ) -> Tensor:
         return self.op(x, dense()) if vectors is None else vectors(x)
-
-
-def _change(adapter: Any, strength: Tensor | None) -> tuple[Tensor, Tensor, float | Tensor]:
-    a, b, scale = adapter.factors()
-    return a, b, scale if strength is None else scale * strength
 
 
 @register("transformers.pytorch_utils.Conv1D")

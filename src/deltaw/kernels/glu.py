@@ -1,7 +1,6 @@
-"""The second half of a gated MLP in one: y = (act(gate) ⊙ up) Wᵀ + bias + s·(· Aᵀ) Bᵀ, keeping gate and up alone.
+"""The second half of a gated MLP in one: p = act(gate) ⊙ up [T, inner], y = p through `kernels.lora`; gate and up alone are kept.
 
-    p = act(gate) ⊙ up [T, inner]      y = p Wᵀ + bias, then y += (p Aᵀ)(sB)ᵀ
-    dp = g W + (g sB) A     dup = dp ⊙ act(gate)     dgate = dp ⊙ up ⊙ act'(gate)     dA = (g sB)ᵀ p     dB = s gᵀ (p Aᵀ)
+    dp by `kernels.lora`     dup = dp ⊙ act(gate)     dgate = dp ⊙ up ⊙ act'(gate)
 
 Autograd by itself keeps gate, act(gate), up and, beside an adapter, p: four tensors of [T, inner] where two are enough.
 act(gate) and p are made again in the backward pass, which costs two products without a matrix.
@@ -14,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+
+from deltaw.kernels.dropout import new_seed
+from deltaw.kernels.lora import Change, backward, forward
 
 aten: Any = torch.ops.aten
 
@@ -38,8 +40,6 @@ ACTIVATIONS: Mapping[str, Activation] = {
         lambda x: F.gelu(x, approximate="tanh"), lambda g, x: aten.gelu_backward(g, x, approximate="tanh")
     ),
 }
-Change = tuple[Tensor, Tensor, float | Tensor]
-"""a [r, inner], b [out, r] in fp32, and the scale."""
 
 
 class GLUDown(Function):
@@ -48,40 +48,37 @@ class GLUDown(Function):
     @staticmethod
     def forward(  # type: ignore[override]
         gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None,
-        scale: float | Tensor, kind: str,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        gain: Tensor | None, seed: Tensor | None, scale: float | Tensor, share: float, kind: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         p = ACTIVATIONS[kind].forward(gate).mul_(up)
-        y = F.linear(p, weight, bias)
         if a is None or b is None:
-            return y, y.new_empty(0)
-        h = F.linear(p, a.to(p.dtype))
-        y.flatten(0, -2).addmm_(h.flatten(0, -2), (scale * b).to(p.dtype).T)
-        return y, h
+            y = F.linear(p, weight, bias)
+            return y, y.new_empty(0), y.new_empty(0)
+        return forward(p, weight, bias, a, b, gain, seed, scale, share)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        gate, up, weight, _, a, b, ctx.scale, ctx.kind = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(gate, up, weight, a, b, output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        gate, up, weight, _, a, b, gain, seed, ctx.scale, ctx.share, ctx.kind = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(gate, up, weight, a, b, gain, seed, output[1], None if gain is None else output[2])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        gate, up, weight, a, b, h = ctx.saved_tensors
-        act, g, da, db = ACTIVATIONS[ctx.kind], grads[0].flatten(0, -2), None, None
+        gate, up, weight, a, b, gain, seed, h, z = ctx.saved_tensors
+        act, g, da, db, dgain = ACTIVATIONS[ctx.kind], grads[0].flatten(0, -2), None, None, None
         opened = act.forward(gate)
-        dp = g @ weight  # [T, inner]
-        if a is not None:
-            down, p = a.to(gate.dtype), (opened * up).flatten(0, -2)
-            # h again where the backward pass is itself differentiated: what was kept has no history
-            inner = p @ down.T if torch.is_grad_enabled() else h.flatten(0, -2)
-            q = g @ (ctx.scale * b).to(gate.dtype)
-            dp.addmm_(q, down)
-            da, db = (q.T @ p).to(a.dtype), ctx.scale * (g.T @ inner).to(b.dtype)
+        if a is None:
+            dp: Any = g @ weight  # [T, inner]
+        else:
+            p = (opened * up).flatten(0, -2)
+            h, z = h.flatten(0, -2), z if gain is None else z.flatten(0, -2)
+            dp, da, db, dgain = backward(g, p, weight, a, b, gain, seed, ctx.scale, ctx.share, h, z)
         dp = dp.view_as(gate)
-        return act.backward(dp * up, gate), dp * opened, None, None, da, db, None, None
+        return act.backward(dp * up, gate), dp * opened, None, None, da, db, dgain, None, None, None, None
 
 
 def glu_down(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, change: Change | None, kind: str) -> Tensor:
     """gate, up [.., inner], weight [out, inner] frozen → [.., out]. kind: a key of ACTIVATIONS."""
-    a, b, scale = (None, None, 1.0) if change is None else change
-    return GLUDown.apply(gate, up, weight, bias, a, b, scale, kind)[0]  # type: ignore[no-any-return]
+    a, b, scale, gain, share = (None, None, 1.0, None, 0.0) if change is None else change
+    seed = new_seed() if share else None
+    return GLUDown.apply(gate, up, weight, bias, a, b, gain, seed, scale, share, kind)[0]  # type: ignore[no-any-return]

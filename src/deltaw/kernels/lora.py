@@ -1,10 +1,14 @@
-"""One linear layer with a low-rank change: y = x Wᵀ + bias + s·(x Aᵀ) Bᵀ, and its gradients in the order that is cheap.
+"""One linear layer with a low-rank change: y = x Wᵀ + bias + s·(D(x) Aᵀ) Bᵀ, and its gradients in the order that is cheap.
 
-    forward     h = x Aᵀ [T, r]       y = x Wᵀ + bias, then y += h (sB)ᵀ in place: no second tensor of y's size
-    backward    q = g (sB) [T, r]     dx = g W, then dx += q A in place      dA = qᵀ x      dB = s gᵀ h
+    forward     h = D(x) Aᵀ [T, r]     y = x Wᵀ + bias, then y += h (sB)ᵀ in place: no second tensor of y's size
+    backward    q = g (sB) [T, r]      dx = g W, then dx += D(q A) in place      dA = qᵀ D(x)      dB = s gᵀ h
 
-Kept for the backward pass: x itself, which siblings share (q, k, v), and h. A and B are fp32 masters; they are cast to
-x's dtype, x never is. W is frozen. A product of the size of W is never formed.
+D is dropout, made again from its seed. With a gain c [out], of DoRA, W' = c ⊙ (W + s·BA):
+    forward     z = x Wᵀ + h (sB)ᵀ     y = z + bias + (c − 1) ⊙ z: the bits of the base where c = 1 and B = 0
+    backward    dc = Σ_t g ⊙ z         and g ⊙ c in the place of g
+
+Kept for the backward pass: x itself, which siblings share (q, k, v), h, and z with a gain. A and B are fp32 masters; they are
+cast to x's dtype, x never is. W is frozen. A product of the size of W is never formed.
 """
 
 from typing import Any
@@ -14,44 +18,92 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from deltaw.kernels.dropout import dropped, kept, new_seed
+
+Change = tuple[Tensor, Tensor, float | Tensor, Tensor | None, float]
+"""a [r, in], b [out, r], scale (a number or a 0-dim tensor), gain [out] or None, share of D(x) that is dropped."""
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor | None, seed: Tensor | None,
+    scale: float | Tensor, p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, and to keep: h, and z (empty without a gain)."""
+    y, h = F.linear(x, weight, bias), F.linear(x if seed is None else dropped(x, seed, p), a.to(x.dtype))
+    y.flatten(0, -2).addmm_(h.flatten(0, -2), _up(b, scale, p, x.dtype).T)
+    if gain is None:
+        return y, h, y.new_empty(0)
+    z = y if bias is None else y - bias
+    return torch.addcmul(y, z, (gain - 1).to(y.dtype)), h, z
+
+
+def backward(
+    g: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, gain: Tensor | None, seed: Tensor | None,
+    scale: float | Tensor, p: float, h: Tensor, z: Tensor, wanted: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Of g [T, out] and x [T, in]: dx (in the weight's layout, [T, in]), da, db, dgain; wanted: dx, da, db."""
+    down, up, dgain = a.to(x.dtype), _up(b, scale, p, x.dtype), None
+    inner = x if seed is None else dropped(x, seed, p)
+    if torch.is_grad_enabled():  # the backward pass is itself differentiated: what was kept has no history
+        h = inner @ down.T
+        z = z if gain is None else x @ weight.T + h @ up.T
+    if gain is not None:
+        dgain = (g * z).sum(0, dtype=gain.dtype)
+        g = torch.addcmul(g, g, (gain - 1).to(g.dtype))
+    q = g @ up  # [T, r]
+    dx = g @ weight if wanted[0] else None
+    if dx is not None:
+        dx = dx.addmm_(q, down) if seed is None else dx.add_(dropped(q @ down, seed, p))
+    da = (q.T @ inner).to(a.dtype) if wanted[1] else None
+    db = scale / kept(p) * (g.T @ h).to(b.dtype) if wanted[2] else None
+    return dx, da, db, dgain
+
+
+def _up(b: Tensor, scale: float | Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    return (scale / kept(p) * b).to(dtype)
+
 
 class LoRALinear(Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(  # type: ignore[override]
-        x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        down, up = a.to(x.dtype), (scale * b).to(x.dtype)
-        y, h = F.linear(x, weight, bias), F.linear(x, down)  # [.., out], [.., r]
-        y.flatten(0, -2).addmm_(h.flatten(0, -2), up.T)
-        return y, h
+        x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor | None,
+        seed: Tensor | None, scale: float | Tensor, p: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return forward(x, weight, bias, a, b, gain, seed, scale, p)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, a, b, ctx.scale = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, weight, a, b, output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, _, a, b, gain, seed, ctx.scale, ctx.p = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, weight, a, b, gain, seed, output[1], None if gain is None else output[2])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, a, b, h = ctx.saved_tensors
-        g, rows = grads[0].flatten(0, -2), x.flatten(0, -2)
-        down, up = a.to(x.dtype), (ctx.scale * b).to(x.dtype)
-        # h again where the backward pass is itself differentiated: what was kept has no history
-        inner = rows @ down.T if torch.is_grad_enabled() else h.flatten(0, -2)
-        q = g @ up  # [T, r]
-        dx = (g @ weight).addmm_(q, down).view_as(x) if ctx.needs_input_grad[0] else None
-        da = (q.T @ rows).to(a.dtype) if ctx.needs_input_grad[3] else None
-        db = ctx.scale * (g.T @ inner).to(b.dtype) if ctx.needs_input_grad[4] else None
-        return dx, None, None, da, db, None
+        x, weight, a, b, gain, seed, h, z = ctx.saved_tensors
+        g, rows, h, z = (
+            grads[0].flatten(0, -2),
+            x.flatten(0, -2),
+            h.flatten(0, -2),
+            z if gain is None else z.flatten(0, -2),
+        )
+        need = ctx.needs_input_grad
+        dx, da, db, dgain = backward(
+            g, rows, weight, a, b, gain, seed, ctx.scale, ctx.p, h, z, (need[0], need[3], need[4])
+        )
+        return None if dx is None else dx.view_as(x), None, None, da, db, dgain, None, None, None
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
-    """x [.., in], weight [out, in] frozen, a [r, in], b [out, r], scale a number or a 0-dim tensor → [.., out]."""
-    if few(x, a) or x.ndim == 1:
-        return lora_add(F.linear(x, weight, bias), x, a, b, scale)
-    return LoRALinear.apply(x, weight, bias, a, b, scale)[0]  # type: ignore[no-any-return]
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, change: Change) -> Tensor:
+    """x [.., in], weight [out, in] frozen, bias [out] frozen or None → [.., out]."""
+    a, b, scale, gain, p = change
+    if x.ndim == 1:
+        return lora_linear(x[None], weight, bias, change)[0]
+    if few(x, a) and not p:
+        y = lora_add(F.linear(x, weight, bias), x, change)
+        return y if gain is None else torch.addcmul(y, y if bias is None else y - bias, (gain - 1).to(y.dtype))
+    return LoRALinear.apply(x, weight, bias, a, b, gain, new_seed() if p else None, scale, p)[0]  # type: ignore[no-any-return]
 
 
 def few(x: Tensor, a: Tensor) -> bool:
@@ -64,10 +116,35 @@ def few_rows(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     return F.linear(F.linear(scale * x.to(a.dtype), a), b).to(x.dtype)
 
 
-def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
-    """y [.., out] + s·(x Aᵀ) Bᵀ in one pass over y, where something else made y."""
-    if few(x, a):
+def lora_add(y: Tensor, x: Tensor, change: Change) -> Tensor:
+    """y [.., out] + s·(D(x) Aᵀ) Bᵀ in one pass over y, where something else made y. The gain is not looked at."""
+    a, b, scale, _, p = change
+    if x.ndim == 1:
+        return lora_add(y[None], x[None], change)[0]
+    if few(x, a) and not p:
         return y + few_rows(x, a, b, scale)
-    h = F.linear(x, a.to(x.dtype))
-    up = (scale * b).to(x.dtype)
-    return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.T).view_as(y) if y.ndim > 1 else y + F.linear(h, up)
+    h, up = Down.apply(x, a, new_seed(), p) if p else F.linear(x, a.to(x.dtype)), _up(b, scale, p, x.dtype)
+    return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.T).view_as(y)
+
+
+class Down(Function):
+    """h = D(x) Aᵀ, keeping x; without the factor 1/kept(p)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, a: Tensor, seed: Tensor, p: float) -> Tensor:  # type: ignore[override]
+        return F.linear(dropped(x, seed, p), a.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.p = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, a, seed = ctx.saved_tensors
+        q = grads[0]
+        dx = dropped(q @ a.to(x.dtype), seed, ctx.p) if ctx.needs_input_grad[0] else None
+        da = q.flatten(0, -2).T @ dropped(x, seed, ctx.p).flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return dx, None if da is None else da.to(a.dtype), None, None

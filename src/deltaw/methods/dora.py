@@ -4,7 +4,8 @@ M [out] starts as the row norms of W, one magnitude per output feature (the norm
 authors' code and PEFT; the paper writes "column-wise" for its transposed W). The norm is a constant for the gradient
 (paper §4.3). Forward, with c = M / ‖W + sBA‖:   y = base(x) + (c − 1)·W x + c·s·B(A(x)); the bias is never scaled.
 
-Row norms without a weight-sized temporary:  ‖W + sBA‖² = ‖W‖² + 2s·rowsum((W Aᵀ)∘B) + s²·rowsum((B(A Aᵀ))∘B).
+Row norms without a weight-sized temporary:  ‖W + sBA‖² = ‖W‖² + 2s·rowsum((W Aᵀ)∘B) + s²·rowsum((B(A Aᵀ))∘B), in fp32,
+some rows of W after the other. On linear layers one kernel makes all of y (`kernels.lora`, gain c).
 Start, forward and merge share this one formula, so that c is exactly 1 as long as B = 0.
 With other adapters live, M scales W + its own sBA only: the others add to the result.
 """
@@ -16,14 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.adapter import Adapter
+from deltaw.core.adapter import Adapter, Change
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Part, register
 from deltaw.methods.inits import STARTS
 from deltaw.methods.lora import LoRA, LoRAAdapter
 
+ROWS = 1 << 18
+"""Numbers of W that are widened at once."""
+
 
 class DoRAAdapter(LoRAAdapter):
+    thin = True
+
     def __init__(self, spec: HostSpec, rank: int, scale: float, dropout: float = 0.0):
         super().__init__(spec, rank, scale, dropout)
         self.magnitude = nn.Parameter(torch.ones(spec.shape[0], dtype=torch.float32))
@@ -34,11 +40,15 @@ class DoRAAdapter(LoRAAdapter):
 
     def norms(self, weight: Tensor) -> Tensor:
         """‖W + sBA‖ per row, [out], fp32 also under autocast, outside the graph."""
-        with torch.autocast(weight.device.type, enabled=False):
-            w, a, b = (t.detach().flatten(1).float() for t in (weight, self.lora_A, self.lora_B))
-            cross, gram, s = w @ a.T, a @ a.T, self.scale  # [out, r], [r, r]
-            square = w.square().sum(1) + 2 * s * (cross * b).sum(1) + s * s * ((b @ gram) * b).sum(1)
-            return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            a, b, s = self.lora_A.flatten(1), self.lora_B.flatten(1), self.scale
+            gram, square = a @ a.T, []  # [r, r]
+            size = len(weight) if torch.compiler.is_compiling() else max(1, ROWS // max(1, a.shape[1]))
+            for w, rows in zip(weight.flatten(1).split(size), b.split(size), strict=True):
+                w = w.to(a.dtype)
+                cross = 2 * s * ((w @ a.T) * rows).sum(1) + s * s * ((rows @ gram) * rows).sum(1)
+                square.append(torch.linalg.vector_norm(w, dim=1).square() + cross)
+            return torch.cat(square).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
     def ratio(self, weight: Tensor) -> Tensor:
         """c = M / ‖W + sBA‖ per row, [out]; of fp32 norms, and then as wide as W."""
@@ -46,6 +56,11 @@ class DoRAAdapter(LoRAAdapter):
 
     def factors(self) -> None:  # type: ignore[override]
         return None
+
+    def as_change(self, host: Any, strength: Tensor | None, alone: bool) -> Change | None:
+        if not (self.thin and alone) or strength is not None or self.drops:  # dropout reaches (c − 1)·W x as well
+            return None
+        return Change(self.lora_A, self.lora_B, self.scale, self.ratio(host.weight))
 
     def merged(self, weight: Tensor) -> Tensor:
         a, b = (t.flatten(1).to(weight.dtype) for t in (self.lora_A, self.lora_B))
