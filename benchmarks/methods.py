@@ -2,7 +2,7 @@
 
     python -m benchmarks methods [--steps 100] [--seeds 3] [--only lora,dora] [--work build/methods]
 
-Each method with its own defaults. The learning rate is the best of three on seed 0; then every seed runs at it. Cells are
+Each method with its own defaults. The learning rate is the best of four on seed 0; then every seed runs at it. Cells are
 ordinary runs, resumable one by one. Steps are timed in turns with LoRA's on the same rows, medians of rounds.
 """
 
@@ -29,12 +29,12 @@ from deltaw.models.adapters import load
 from deltaw.training.sweep import sweep
 
 TASK, BATCH, ROUNDS, TIMED = "records", 16, 5, 4
-ADDED = (1e-3, 3e-3, 1e-2)
+ADDED = (1e-3, 3e-3, 1e-2, 3e-2)
 RATES: dict[str, Sequence[float]] = {
-    "full": (3e-4, 1e-3, 3e-3),
-    "ia3": (1e-2, 3e-2, 1e-1),
-    "vera": (1e-2, 3e-2, 1e-1),
-    "llama_adapter": (3e-3, 1e-2, 3e-2),
+    "full": (3e-4, 1e-3, 3e-3, 1e-2),
+    "ia3": (1e-2, 3e-2, 1e-1, 3e-1),
+    "vera": (1e-2, 3e-2, 1e-1, 3e-1),
+    "llama_adapter": (3e-3, 1e-2, 3e-2, 1e-1),
 }
 LEFT_OUT = {"token_rows"}  # rows of new tokens: there are none in the task
 

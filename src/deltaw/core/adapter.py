@@ -99,15 +99,11 @@ class WeightAdapter(Adapter):
 
     @property
     def movable(self) -> bool:
-        """May its factors become slices of larger tensors (`core.rows.Bank`), by `move_into`?"""
+        """May its factors become slices of larger tensors (`core.bank.Bank`), by `move_into`?"""
         return False
 
     def move_into(self, a: Tensor, bt: Tensor) -> None:
         """Keep its factors in a [r, in] and bt [r, out] from now on; their values go along."""
-        raise NotImplementedError
-
-    def lies_in(self, a: Tensor, bt: Tensor) -> bool:
-        """Are its factors there still?"""
         raise NotImplementedError
 
     added: int = 0

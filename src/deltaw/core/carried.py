@@ -24,7 +24,9 @@ class Carried:
         self.live: tuple[Live, ...] = ()
         """What acts now, innermost first."""
         self.bank: Any = None
-        """What makes the rows of a batch at once (`core.rows.Bank`), where that can be."""
+        """The factors of its adapters in one place (`core.bank.Bank`), where that can be."""
+        self.batch: Any = None
+        """What the bank does with the rows of a batch (`core.bank.Batch`), as long as its `live` is live."""
         self.merged: tuple[str, ...] = ()
         """Names whose change is in the weights; never live."""
         self.roots: dict[str, list[tuple[Root, str]]] = {}

@@ -96,6 +96,7 @@ def unmerge(model: nn.Module) -> None:
         there.pristine, there.merged = {}, ()
     if not back:
         raise MergeError("nothing to unmerge: no merge(…, keep_base=True) is in effect on this model")
+    route.changed()
     route.apply(route.adapted_modules(model), {**before_route, **back})
 
 

@@ -31,12 +31,13 @@ class Adapted:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = super().forward  # type: ignore[misc]
         there = self._deltaw
+        batch = there.batch
         if (
-            there.bank is not None
-            and there.bank.live is there.live
+            batch is not None
+            and batch.live is there.live
             and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         ):
-            y = there.bank(call, *args, **kwargs)
+            y = batch.bank(batch.plan, call, *args, **kwargs)
             if y is not None:
                 return y
         for adapter, host, strength in there.live:  # the first is innermost; additive ones commute
@@ -136,7 +137,7 @@ def remove(module: nn.Module, name: str, model: nn.Module) -> None:
     holder = cast(nn.ModuleDict, module.adapters)
     if name in holder:
         del holder[name]
-    there.live, there.bank = tuple(entry for entry in there.live if entry[0].name != name), None
+    there.live, there.bank, there.batch = tuple(entry for entry in there.live if entry[0].name != name), None, None
     for root, path in there.roots.pop(name, ()):
         root.placed.get(name, set()).discard(path)
         if not root.placed.get(name):

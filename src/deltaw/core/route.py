@@ -12,16 +12,17 @@ import math
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
 
 from deltaw.core.adapter import Adapter, WeightAdapter
+from deltaw.core.bank import Plan, settle
 from deltaw.core.base import unwrapped
 from deltaw.core.carried import carried, here
 from deltaw.core.errors import UseError, did_you_mean, faults
-from deltaw.core.rows import PerRow, Plan, settle, whole
+from deltaw.core.rows import PerRow, whole
 
 Route = Mapping[str, float]
 """Adapter name → strength. Names left out, and strength 0, are off."""
@@ -31,10 +32,25 @@ class _Stamp:
     """Replaced by every attach, detach and merge; an index with another stamp is stale."""
 
 
+class _Facts(NamedTuple):
+    """Of one name: what of it is merged, what cannot act in single rows, what has no strengths."""
+
+    merged: bool
+    whole: str
+    rigid: str
+
+
+class _Index:
+    """What is known of a model until adapters come or go. It must not keep the model alive: weak references."""
+
+    def __init__(self, model: nn.Module):
+        self.stamp = _stamp
+        self.modules = [weakref.ref(module) for module in model.modules() if carried(module) is not None]
+        self.facts: dict[str, _Facts] | None = None
+
+
 _stamp = _Stamp()
-_known: "weakref.WeakKeyDictionary[nn.Module, tuple[_Stamp, list[weakref.ref[nn.Module]]]]" = (
-    weakref.WeakKeyDictionary()
-)
+_known: "weakref.WeakKeyDictionary[nn.Module, _Index]" = weakref.WeakKeyDictionary()
 
 
 def changed() -> None:
@@ -45,11 +61,15 @@ def changed() -> None:
 
 def adapted_modules(model: nn.Module) -> list[nn.Module]:
     """The modules of `model` that carry adapters, in model order. Cached until adapters come or go."""
-    cached = _known.get(model)
-    if cached is None or cached[0] is not _stamp:
-        # weak references: what is known of a model must not keep it alive
-        cached = _known[model] = (_stamp, [weakref.ref(m) for m in model.modules() if carried(m) is not None])
-    return [module for reference in cached[1] if (module := reference()) is not None and carried(module) is not None]
+    found = (module() for module in _index(model).modules)
+    return [module for module in found if module is not None and carried(module) is not None]
+
+
+def _index(model: nn.Module) -> _Index:
+    found = _known.get(model)
+    if found is None or found.stamp is not _stamp:
+        found = _known[model] = _Index(model)
+    return found
 
 
 def names(model: nn.Module) -> list[str]:
@@ -85,7 +105,7 @@ class use:
             raise UseError("no route: give one for every row of the batch, {} for a row of the base")
         self.modules = adapted_modules(model)
         _check(model, self.modules, routes, rows)
-        self.before = {module: here(module).live for module in self.modules}
+        self.before = {module: (here(module).live, here(module).batch) for module in self.modules}
         self.stamp = _stamp
         apply_rows(self.modules, routes) if rows else apply(self.modules, routes[0])
 
@@ -96,14 +116,16 @@ class use:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.stamp is _stamp:
-            for module, entries in self.before.items():
-                here(module).live = entries
+            for module, before in self.before.items():
+                there = here(module)
+                there.live, there.batch = before
             return
         for module in adapted_modules(self.model):  # adapters came, went or were merged in the block
             state = here(module)
             free = [entry for name, group in state.entries.items() if name not in state.merged for entry in group]
-            there = {id(adapter) for adapter, _, _ in free}
-            state.live = tuple(entry for entry in self.before.get(module, ()) if id(entry[0]) in there)
+            still = {id(adapter) for adapter, _, _ in free}
+            entries, _ = self.before.get(module, ((), None))
+            state.live = tuple(entry for entry in entries if id(entry[0]) in still)
 
 
 def apply(modules: list[nn.Module], route: Route) -> None:
@@ -135,7 +157,7 @@ def apply_rows(modules: list[nn.Module], routes: Sequence[Route]) -> None:
     for module in modules:
         there = here(module)
         there.live = tuple((a, host, at) for name, at in wanted.items() for a, host, _ in there.entries.get(name, ()))
-        settle(there, there.live, plans)
+        there.batch = settle(there, there.live, plans)
 
 
 def _route(given: object) -> Route:
@@ -149,25 +171,40 @@ def outermost(entry: tuple[Adapter, Any, Any]) -> bool:
     return bool(entry[0].method.follows_ties)
 
 
+def _facts(model: nn.Module, modules: list[nn.Module]) -> dict[str, _Facts]:
+    """Of every attached name; made once until adapters come or go, or are merged."""
+    index = _index(model)
+    if index.facts is None:
+        entries: dict[str, list[tuple[Adapter, Any, bool]]] = {}
+        for there in map(here, modules):
+            for name, group in there.entries.items():
+                entries.setdefault(name, []).extend((a, host, name in there.merged) for a, host, _ in group)
+        index.facts = {
+            name: _Facts(
+                any(merged for _, _, merged in group),
+                "; ".join(sorted({why for a, host, _ in group if (why := whole(a, host))})),
+                ", ".join(sorted({type(a).__name__ for a, _, _ in group if not isinstance(a, WeightAdapter)})),
+            )
+            for name, group in entries.items()
+        }
+    return index.facts
+
+
 def _check(model: nn.Module, modules: list[nn.Module], routes: Sequence[Route], rows: bool) -> None:
     found: list[str] = []
-    known = dict.fromkeys(name for module in modules for name in here(module).entries)
+    known = _facts(model, modules)
     for name, w in {(str(name), repr(w)): (name, w) for route in routes for name, w in route.items()}.values():
-        entries = [entry for m in modules for entry in here(m).entries.get(name, ())]
-        if name not in known:
+        facts = known.get(name)
+        if facts is None:
             there = f"attached: {', '.join(known)}" if known else "no adapter is attached to this model"
             found.append(f"no adapter {name!r}{did_you_mean(str(name), known)} ({there})")
         elif isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w):
             found.append(f"strength {w!r} of {name!r} is not a finite number")
-        elif any(name in here(m).merged for m in modules) and w != 0:
+        elif facts.merged and w != 0:
             found.append(f"{name!r} is merged into the weights: unmerge the model before routing it")
-        elif rows and w != 0 and (reasons := {why for a, host, _ in entries if (why := whole(a, host))}):
-            found.append(f"{name!r} cannot act in single rows of a batch: {'; '.join(sorted(reasons))}")
-        elif w not in (0, 1) and (
-            rigid := {type(a).__name__ for a, _, _ in entries if not isinstance(a, WeightAdapter)}
-        ):
-            found.append(
-                f"{name!r} has parts without a ΔW ({', '.join(sorted(rigid))}): its strength is 0 or 1, not {w}"
-            )
+        elif rows and w != 0 and facts.whole:
+            found.append(f"{name!r} cannot act in single rows of a batch: {facts.whole}")
+        elif w not in (0, 1) and facts.rigid:
+            found.append(f"{name!r} has parts without a ΔW ({facts.rigid}): its strength is 0 or 1, not {w}")
     if found:
         raise faults(UseError, "cannot use these adapters", list(dict.fromkeys(found)))

@@ -71,9 +71,6 @@ class LoRAAdapter(WeightAdapter):
     def move_into(self, a: Tensor, bt: Tensor) -> None:
         self.lora_A.data, self.lora_B.data = a.copy_(self.lora_A.data), bt.copy_(self.lora_B.data.T).T
 
-    def lies_in(self, a: Tensor, bt: Tensor) -> bool:
-        return self.lora_A.data_ptr() == a.data_ptr() and self.lora_B.data_ptr() == bt.data_ptr()
-
     def low_rank(self, host: Any, x: Tensor, scale: float | Tensor) -> Tensor:
         (a, b), dtype = self.pair(), compute_dtype(host, x)
         if a.ndim == 2 and x.is_floating_point() and few(x, a):

@@ -1,0 +1,133 @@
+"""All low-rank adapters of one linear layer in two tensors, so that the rows of a batch are two batched products.
+
+    a [K, r, in], bt [K, r, out]     fp32; smaller ranks end in zeros
+    rows [K, n], weights [K, n]      the rows of adapter k in the batch, and strength · scale there; 0 where it has fewer
+    y[rows] += (weights · x[rows] aᵀ) bt
+
+The adapters' factors, all frozen, become slices of the two: they stay parameters with their values, nothing is copied at
+a switch, and what is written into them counts. A model that moved has its tensors elsewhere: then the bank is made anew.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltaw.core.adapter import Call, WeightAdapter
+from deltaw.core.carried import Carried
+
+SKEW = 4
+"""Most that filling up ranks or rows to the largest may cost, as a multiple of what is there."""
+
+
+class Plan(NamedTuple):
+    """Of a batch: which adapters of a bank act (all: None), on which rows, with which weights."""
+
+    acting: Tensor | None
+    rows: Tensor
+    """[K, n]"""
+    weights: Tensor
+    """[K, n], fp32"""
+    batch: int
+    full: bool
+    """Is no place filled up?"""
+    ordered: bool
+    """Are the rows the batch as it is, so that nothing is gathered?"""
+
+
+def bank_rows(y: Tensor, x: Tensor, a: Tensor, bt: Tensor, plan: Plan) -> Tensor:
+    """y [B, …, out] with the changes of x [B, …, in] added."""
+    mine = (x if plan.ordered else x[plan.rows]).reshape(len(plan.rows), -1, x.shape[-1])  # [K, n · T, in]
+    # the smaller side is cast: few rows, or the factors
+    if mine.shape[1] <= a.shape[1] and x.dtype.itemsize < a.dtype.itemsize:
+        mine = mine.to(a.dtype)
+    else:
+        a, bt = a.to(x.dtype), bt.to(x.dtype)
+    h = torch.bmm(mine, a.mT).view(*plan.rows.shape, -1)  # [K, n, T · r]
+    h = (h * plan.weights[..., None]).to(bt.dtype).view(*mine.shape[:2], -1)
+    out = torch.bmm(h, bt).view(*plan.rows.shape, *y.shape[1:])
+    if not plan.full:  # places that are filled up add nothing, and not 0 · NaN
+        out = torch.where(plan.weights.view(*plan.rows.shape, *[1] * (y.ndim - 1)) != 0, out, 0.0)
+    if plan.ordered:
+        return y + out.view(y.shape).to(y.dtype)
+    return y.index_add(0, plan.rows.flatten(), out.flatten(0, 1).to(y.dtype))
+
+
+class Bank:
+    """The factors of all adapters of one module side by side."""
+
+    def __init__(self, adapters: Sequence[Any]):
+        self.adapters = tuple(adapters)
+        ranks = [len(adapter.factors().a) for adapter in adapters]
+        a, b, _ = adapters[0].factors()
+        self.a = a.new_zeros(len(adapters), max(ranks), a.shape[1])
+        self.bt = b.new_zeros(len(adapters), max(ranks), b.shape[0])
+        for number, (adapter, rank) in enumerate(zip(adapters, ranks, strict=True)):
+            adapter.move_into(self.a[number, :rank], self.bt[number, :rank])
+        self.places = self._places()
+
+    def _places(self) -> list[int]:
+        return [p.data_ptr() for adapter in self.adapters for p in adapter._parameters.values()]
+
+    def holds(self, adapters: Sequence[Any]) -> bool:
+        """Are these its adapters, and are their factors still here?"""
+        mine = self.adapters
+        return len(adapters) == len(mine) and all(map(_same, adapters, mine)) and self._places() == self.places
+
+    def plan(self, live: Sequence[Any], plans: dict[Any, Plan | None]) -> Plan | None:
+        """For the batch of these entries; `plans` holds those of other modules, where they are the same."""
+        order = {id(adapter): number for number, adapter in enumerate(self.adapters)}
+        parts = sorted((order[id(adapter)], adapter.scale, there) for adapter, _, there in live)
+        key = (self.a.device, len(self.adapters), *((number, scale, id(there)) for number, scale, there in parts))
+        if key not in plans:
+            plans[key] = _plan(parts, len(self.adapters), self.a.device)
+        return plans[key]
+
+    def __call__(self, plan: Plan, call: Call, *args: Any, **kwargs: Any) -> Any:
+        """The layer's call with all changes, or None where the rows must be computed one adapter after the other."""
+        x = args[0] if args else kwargs["input"]
+        drops = any(adapter.dropout and adapter.training for adapter in self.adapters)
+        if x.shape[0] != plan.batch or x.ndim == 1 or drops or self._places() != self.places:
+            return None
+        a, bt = (self.a, self.bt) if plan.acting is None else (self.a[plan.acting], self.bt[plan.acting])
+        return bank_rows(call(*args, **kwargs), x, a, bt, plan)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other
+
+
+def _plan(parts: Sequence[tuple[int, float, Any]], everyone: int, device: torch.device) -> Plan | None:
+    most, filled = max(len(there.rows) for _, _, there in parts), sum(len(there.rows) for _, _, there in parts)
+    if most * len(parts) > SKEW * filled:
+        return None
+    rows, weights = torch.zeros(len(parts), most, dtype=torch.long), torch.zeros(len(parts), most)
+    for number, (_, scale, there) in enumerate(parts):
+        rows[number, : len(there.rows)], weights[number, : len(there.rows)] = there.rows, scale * there.strengths
+    acting = None if len(parts) == everyone else torch.tensor([number for number, _, _ in parts], device=device)
+    batch, full = parts[0][2].batch, filled == rows.numel()
+    ordered = full and torch.equal(rows.flatten(), torch.arange(batch))
+    return Plan(acting, rows.to(device), weights.to(device), batch, full, ordered)
+
+
+class Batch(NamedTuple):
+    """What a module does with the rows of a batch, as long as `live` is live."""
+
+    live: tuple[Any, ...]
+    bank: Bank
+    plan: Plan
+
+
+def settle(there: Carried, live: tuple[Any, ...], plans: dict[Any, Plan | None]) -> Batch | None:
+    """The module's batch for these entries; its bank is made anew where its adapters are others, none where it does not fit."""
+    adapters = [adapter for group in there.entries.values() for adapter, _, _ in group]
+    if not live or len(adapters) < 2:
+        return None
+    if there.bank is None or not there.bank.holds(adapters):
+        there.bank = None
+        if all(isinstance(adapter, WeightAdapter) and adapter.movable for adapter in adapters):
+            ranks = [len(adapter.factors().a) for adapter in adapters]
+            there.bank = Bank(adapters) if max(ranks) * len(ranks) <= SKEW * sum(ranks) else None
+    plan = None if there.bank is None else there.bank.plan(live, plans)
+    return None if plan is None else Batch(live, there.bank, plan)
