@@ -51,6 +51,7 @@ def outside() -> Iterator[dict[str, ModuleType]]:
     method._METHODS.update(methods)
     host._KINDS.clear()
     host._KINDS.update(kinds)
+    host._kind.cache_clear()
 
 
 def make(name: str, **fields: Any) -> Method:

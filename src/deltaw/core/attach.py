@@ -13,16 +13,17 @@ keys, flags and outputs to the bit. Attach after quantising and before sharding.
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deltaw.core import guards, route
 from deltaw.core import targets as planning
 from deltaw.core.adapter import Adapter
-from deltaw.core.base import identify, parameters, unwrapped
+from deltaw.core.base import by_path, identify, parameters, unwrapped
 from deltaw.core.carried import base_class_of, carried, here, vanished
 from deltaw.core.errors import FileError, UseError, did_you_mean, faults
 from deltaw.core.host import host_of
-from deltaw.core.method import Given, Method, Site
+from deltaw.core.method import Given, Method, Shapes, Site
 from deltaw.core.place import place, remove
 from deltaw.core.plan import Target, TargetPlan
 from deltaw.core.state import AdapterState, misfit
@@ -60,9 +61,9 @@ def attach(
     with route.use(model, name if name in route.names(model) else {}):  # what will be live with the new ones
         first = method.prepare(model, sites, Given(batches=batches, weights=weights))
     plan = planning.replaced(plan, {site: prepared for site, (prepared, _) in first.items()})
-    built = []
+    built, there = [], by_path(model)
     for target in plan.targets:  # all of them before the first is placed
-        host = host_of(model.get_submodule(target.site.path), target.site.slot, target.method.host)
+        host = host_of(there[target.site.path], target.site.slot, target.method.host)
         adapter = target.method.build(target.spec).to(host.device)
         if host.device.type == "meta" and type(adapter).start_from is not Adapter.start_from:
             raise UseError(
@@ -98,7 +99,8 @@ def extract(model: nn.Module, name: str = "default") -> AdapterState:
         site: {n: t.detach().to("cpu", copy=True) for n, t in adapter.state_dict().items()}
         for site, adapter in there.items()
     }
-    specs = {site: host_of(model.get_submodule(site.path), site.slot, m.host).spec for site, m in methods.items()}
+    paths = by_path(model)
+    specs = {site: host_of(paths[site.path], site.slot, m.host).spec for site, m in methods.items()}
     return AdapterState(methods, tensors, specs, base=identify(model))
 
 
@@ -159,12 +161,13 @@ def insert(model: nn.Module, state: AdapterState, *, name: str = "default") -> N
             FileError, "the adapter does not fit this model", [f"{site}: {why}" for site, why in found.items()]
         )
     guards.admit(model, name, state.methods)
-    built = []
-    for site, method in state.methods.items():
-        host = host_of(model.get_submodule(site.path), site.slot, method.host)
-        adapter = method.build(host.spec)
-        adapter.load_state_dict(dict(state.tensors[site]))
-        built.append((site, adapter.to(host.device).requires_grad_(False), method))
+    built, there = [], by_path(model)
+    with torch.random.fork_rng(devices=[]):  # the random numbers that they would start from are nobody's
+        for site, method in state.methods.items():
+            host = host_of(there[site.path], site.slot, method.host)
+            adapter = method.build(host.spec)
+            adapter.load_state_dict(dict(state.tensors[site]))
+            built.append((site, adapter.to(host.device).requires_grad_(False), method))
     place(model, name, built)
     route.apply(route.adapted_modules(model), {name: 1.0})
 
@@ -172,7 +175,7 @@ def insert(model: nn.Module, state: AdapterState, *, name: str = "default") -> N
 def fit(model: nn.Module, state: AdapterState) -> dict[Site, str]:
     """Why which sites of a state cannot be put into `model`: paths, kinds of layer, names, shapes and values."""
     found: dict[Site, str] = {}
-    modules = dict(model.named_modules())
+    modules, shapes = by_path(model), Shapes()
     for site, method in state.methods.items():
         module = modules.get(site.path)
         host = None if module is None else host_of(module, site.slot, method.host)
@@ -183,10 +186,10 @@ def fit(model: nn.Module, state: AdapterState) -> dict[Site, str]:
         elif host is None or not host.has(module, site.slot):
             found[site] = f"{base_class_of(module).__name__} cannot carry {method.name} at {site.slot!r}"
         elif (
-            reason := guards.bypassed(model, site.path)
+            reason := guards.bypassed(modules, site.path)
             or host.fault()
-            or guards.untrue(model, site, method)
-            or misfit(method, state.tensors[site], host.spec)
+            or guards.untrue(modules, site, method)
+            or misfit(method, state.tensors[site], host.spec, shapes)
         ):
             found[site] = reason
     return found

@@ -119,6 +119,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
+def by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of `model` under every path that it has."""
+    return dict(model.named_modules(remove_duplicate=False))
+
+
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Named modules of the base: without the adapters and what holds them."""
     holders = [module.get_submodule("adapters") for module in model.modules() if carried(module) is not None]

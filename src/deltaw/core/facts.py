@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from deltaw.core.base import base_modules
+from deltaw.core.base import base_modules, by_path
 from deltaw.core.carried import base_class_of
 from deltaw.core.guards import bypassed
 from deltaw.core.host import HostSpec, kind_of
@@ -36,7 +36,7 @@ class ModuleFact:
 
 def facts(model: nn.Module, method: Method) -> list[ModuleFact]:
     """Facts of every module of `model`, as the method's protocol sees them."""
-    body = _body(model)
+    body, there = _body(model), by_path(model)
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
     result: list[ModuleFact] = []
@@ -54,7 +54,7 @@ def facts(model: nn.Module, method: Method) -> list[ModuleFact]:
                     host = kind(module, slot)
                     slots[slot] = host.spec
                     refusal = refusal or method.unstacked(host.spec) or host.fault()
-        refusal = bypassed(model, path) or refusal
+        refusal = bypassed(there, path) or refusal
         head = module is output or (body is not None and bool(path) and path.split(".")[0] not in body)
         kinds = (_linear(module), _unknown_stack(module))
         result.append(ModuleFact(path, layer.__name__, lineage[path], slots, own, *kinds, head, refusal))

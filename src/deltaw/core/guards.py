@@ -25,6 +25,7 @@ from typing import Any
 from torch import nn
 
 from deltaw.core import route
+from deltaw.core.base import by_path
 from deltaw.core.carried import Root, base_class_of, carried, forget, held, here
 from deltaw.core.errors import UseError, faults
 from deltaw.core.host import host_of
@@ -44,12 +45,13 @@ def admit(model: nn.Module, name: str, sites: Mapping[Site, Method]) -> None:
         raise UseError(
             "the model is already sharded (FSDP or tensor parallel): attach after quantising and before sharding"
         )
+    there = by_path(model)
     for site in sites:
-        if carries(model.get_submodule(site.path), name, site.slot):
+        if carries(there[site.path], name, site.slot):
             found.append(f"{site} already carries adapter {name!r}: choose another name, or detach it first")
-    ties = [other for site, method in sites.items() for other in tied(model, site, method)]
+    ties = [other for site, method in sites.items() for other in tied(there, site, method)]
     for site in dict.fromkeys([*sites, *ties]):
-        module = model.get_submodule(site.path)
+        module = there[site.path]
         if carried(module) is not None:
             continue
         if not _forward_is_the_classes(module):
@@ -124,37 +126,41 @@ def unmerged(model: nn.Module, name: str) -> None:
         raise UseError(f"{name!r} is merged into the weights: unmerge the model first")
 
 
-def tied(model: nn.Module, site: Site, method: Method) -> list[Site]:
+Modules = Mapping[str, nn.Module]
+"""Of a model, `base.by_path`."""
+
+
+def tied(modules: Modules, site: Site, method: Method) -> list[Site]:
     """Where else an adapter acts that follows ties: every other module that reads the same parameter."""
-    first = model.get_submodule(site.path)
+    first = modules[site.path]
     table = first._parameters.get(site.slot)
     if not method.follows_ties or table is None:
         return []
-    everywhere = ((path, m, slot, p) for path, m in model.named_modules() for slot, p in m._parameters.items())
+    once = {id(module): (path, module) for path, module in reversed(list(modules.items()))}  # the first of its paths
+    everywhere = ((path, m, slot, p) for path, m in once.values() for slot, p in m._parameters.items())
     return [Site(path, slot) for path, module, slot, p in everywhere if p is table and module is not first]
 
 
-def untrue(model: nn.Module, site: Site, method: Method) -> str | None:
+def untrue(modules: Modules, site: Site, method: Method) -> str | None:
     """Why an adapter would not act as it should in a module that is tied to its own, or None."""
-    for other in tied(model, site, method):
-        module = model.get_submodule(other.path)
+    for other in tied(modules, site, method):
+        module = modules[other.path]
         host = host_of(module, other.slot, method.host)
         if host is None:
             kind = base_class_of(module).__name__
             return f"it is tied to the {other.slot} of a {kind}, where {method.name} cannot act: untie them first"
-        reason = bypassed(model, other.path) or host.fault()
+        reason = bypassed(modules, other.path) or host.fault()
         if reason:
             return f"it is tied to {other}, where {method.name} must act too: {reason}"
     return None
 
 
-def bypassed(model: nn.Module, path: str) -> str | None:
+def bypassed(modules: Modules, path: str) -> str | None:
     """Why an adapter on the module at `path` would be ignored: code above it reads the weight itself; or None."""
     parts = path.split(".") if path else []
     for count in range(1, min(3, len(parts)) + 1):
         name = ".".join(parts[-count:])
-        owner = model.get_submodule(".".join(parts[:-count]))
-        cls: Any = base_class_of(owner)
+        cls: Any = base_class_of(modules[".".join(parts[:-count])])
         method = None if issubclass(cls, nn.TransformerEncoderLayer) else _reader(cls, name)
         if method:
             return f"{cls.__name__}.{method} reads its weight itself instead of calling it, an adapter there would be ignored"

@@ -15,6 +15,7 @@ layer is, so that N methods and M kinds of layer need N + M pieces of code:
 """
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -251,8 +252,7 @@ def wide(weight: Tensor) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-TURNS = threading.RLock()
-"""Held while a module is changed for the time of one call."""
+TURNS = threading.RLock()  # held while a module is changed for the time of one call
 _KINDS: dict[str, list[type[Host]]] = {}  # qualified name of a layer class → views of it
 _FAMILIES: list[tuple[Callable[[type], bool], type[Host]]] = []  # what tells a class by itself → the view of it
 
@@ -267,6 +267,7 @@ def register(*layers: type[nn.Module] | str | Callable[[type], bool]) -> Callabl
                 _KINDS.setdefault(layer if isinstance(layer, str) else _qualified(layer), []).append(kind)
             else:
                 _FAMILIES.append((layer, kind))
+        _kind.cache_clear()
         return kind
 
     return add
@@ -278,21 +279,21 @@ def _qualified(cls: type) -> str:
 
 def kind_of(layer: type[nn.Module], protocol: type[Host] = WeightHost) -> type[Host] | None:
     """The view of class `layer` that satisfies `protocol`: the nearest registered base class wins."""
-    if protocol is ParameterHost:
-        return ParameterHost
     plugins.load("deltaw.hosts")
-    for cls in layer.__mro__:
-        for kind in (*_KINDS.get(_qualified(cls), ()), *(kind for tells, kind in _FAMILIES if tells(cls))):
-            if issubclass(kind, protocol):
-                return kind
-    return None
+    return ParameterHost if protocol is ParameterHost else _kind(layer, protocol)  # type: ignore[no-any-return]
+
+
+def _find(layer: type[nn.Module], protocol: type[Host]) -> type[Host] | None:
+    def views(cls: type) -> list[type[Host]]:
+        return [*_KINDS.get(_qualified(cls), ()), *(kind for tells, kind in _FAMILIES if tells(cls))]
+
+    return next((kind for cls in layer.__mro__ for kind in views(cls) if issubclass(kind, protocol)), None)
+
+
+_kind: Any = functools.cache(_find)
 
 
 def host_of(module: nn.Module, slot: str | None = None, protocol: type[Host] = WeightHost) -> Any:
     """The view of `module`'s slot (its first by default), or None where no registered kind fits."""
     kind = kind_of(type(module), protocol)
-    if kind is None:
-        return None
-    if slot is None:
-        slot = kind.slots[0] if kind.slots else "weight"
-    return kind(module, slot)
+    return None if kind is None else kind(module, slot or (*kind.slots, "weight")[0])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 from deltaw.core import plugins
@@ -159,6 +160,25 @@ class Method:
         }
         fields = {k: v for k, v in dataclasses.asdict(self).items() if v != default[k]}
         return {"method": self.name, "version": self.version, **fields}
+
+
+class Shapes:
+    """Names and shapes of the tensors that methods build: on the meta device, once for all equal sites of a model."""
+
+    def __init__(self) -> None:
+        self._known: dict[HostSpec, list[tuple[Method, tuple[Mapping[str, tuple[int, ...]], int]]]] = {}
+
+    def of(self, method: Method, spec: HostSpec) -> tuple[Mapping[str, tuple[int, ...]], int]:
+        """Of a resolved method: names and shapes of what its state holds, and the number of trained values."""
+        known = self._known.setdefault(spec, [])
+        found = next((found for other, found in known if type(other) is type(method) and other == method), None)
+        if found is None:
+            with torch.device("meta"):  # nothing is drawn or allocated
+                adapter = method.build(spec)
+            shapes = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
+            found = shapes, sum(p.numel() for p in adapter.parameters())
+            known.append((method, found))
+        return found
 
 
 def from_dict(record: Mapping[str, Any]) -> Method:

@@ -14,6 +14,7 @@ from torch import nn
 
 from deltaw.core import guards, route
 from deltaw.core.adapter import Adapter
+from deltaw.core.base import by_path
 from deltaw.core.carried import Carried, base_class_of, carried, here, hold
 from deltaw.core.host import ParameterHost, host_of
 from deltaw.core.method import Method, Site
@@ -77,12 +78,13 @@ def place(model: nn.Module, name: str, built: Sequence[tuple[Site, Adapter, Meth
     """Put finished adapters into the modules of their sites, all or none."""
     root, touched = hold(model), []
     guards.set_guards(model, [site.path for site, _, _ in built])
-    paths = {id(module): path for path, module in model.named_modules()}
+    there = by_path(model)
+    paths = {id(module): path for path, module in reversed(there.items())}
     try:
         # those that follow ties come last: a trained copy of the same parameter goes first
         for site, adapter, method in sorted(built, key=lambda item: item[2].follows_ties):
-            adapter.spec = host_of(model.get_submodule(site.path), site.slot, method.host).spec
-            for module, slot in _modules(model, name, site, method):
+            adapter.spec = host_of(there[site.path], site.slot, method.host).spec
+            for module, slot in _modules(there, name, site, method):
                 touched.append(module)
                 _add(module, name, slot, adapter, method, host_of(module, slot, method.host))
                 here(module).roots.setdefault(name, []).append((root, paths[id(module)]))
@@ -97,13 +99,13 @@ def place(model: nn.Module, name: str, built: Sequence[tuple[Site, Adapter, Meth
         route.changed()
 
 
-def _modules(model: nn.Module, name: str, site: Site, method: Method) -> list[tuple[nn.Module, str]]:
+def _modules(there: guards.Modules, name: str, site: Site, method: Method) -> list[tuple[nn.Module, str]]:
     """Where one adapter goes: its own module, and where it follows ties every other that reads the same parameter."""
-    places = [(model.get_submodule(site.path), site.slot)]
-    for other in guards.tied(model, site, method):
-        module = model.get_submodule(other.path)
-        there = here(module).entries.get(name, ()) if carried(module) else ()
-        taken = [adapter for adapter, host, _ in there if host.slot == other.slot]
+    places = [(there[site.path], site.slot)]
+    for other in guards.tied(there, site, method):
+        module = there[other.path]
+        mine = here(module).entries.get(name, ()) if carried(module) else ()
+        taken = [adapter for adapter, host, _ in mine if host.slot == other.slot]
         if not any(adapter.method.host is ParameterHost for adapter in taken):
             places.append((module, other.slot))  # a trained copy there is a parameter of its own
     return places

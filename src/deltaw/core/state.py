@@ -20,7 +20,7 @@ from deltaw.core.adapter import Factors, WeightAdapter
 from deltaw.core.base import BaseIdentity
 from deltaw.core.errors import UseError, did_you_mean, faults
 from deltaw.core.host import HostSpec, WeightHost, wide
-from deltaw.core.method import Method, Part, Site
+from deltaw.core.method import Method, Part, Shapes, Site
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,12 @@ def _same_base(states: Sequence[AdapterState]) -> BaseIdentity | None:
     return next(iter([*bound, *bases]), None)
 
 
-def misfit(method: Method, tensors: Mapping[str, Tensor], spec: HostSpec) -> str | None:
+def misfit(method: Method, tensors: Mapping[str, Tensor], spec: HostSpec, shapes: Shapes | None = None) -> str | None:
     """Why `tensors` cannot be those of `method` on a slot of this shape, or None. They must also be finite."""
     reason = method.unstacked(spec) or method.unfit(spec)
     if reason:
         return reason
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in method.build(spec).state_dict().items()}
+    expected, _ = (shapes or Shapes()).of(method, spec)
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     found = []
     for name in sorted(expected.keys() | given.keys()):
@@ -194,8 +193,8 @@ def _factors(state: AdapterState, site: Site) -> Factors | None:
 
 
 def built(state: AdapterState, site: Site, spec: HostSpec | None = None) -> WeightAdapter:
-    """The adapter of a site by itself; the random numbers that it would start from are nobody's."""
-    with torch.random.fork_rng(devices=[]):
+    """The adapter of a site by itself."""
+    with torch.random.fork_rng(devices=[]):  # the random numbers that it would start from are nobody's
         adapter = state.methods[site].build(spec or state.specs[site])
     if not isinstance(adapter, WeightAdapter):
         raise UseError(f"{site}: {state.methods[site].name} has no ΔW, its change cannot be written into a weight")

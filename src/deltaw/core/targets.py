@@ -23,16 +23,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import nn
 
-from deltaw.core.base import parameters
+from deltaw.core.base import by_path, parameters
 from deltaw.core.errors import TargetError, did_you_mean, faults
 from deltaw.core.facts import ModuleFact, facts
 from deltaw.core.guards import bypassed, untrue
 from deltaw.core.host import HostSpec, WeightHost
 from deltaw.core.layers import layer_index, parse_layers
-from deltaw.core.method import Method, Site
+from deltaw.core.method import Method, Shapes, Site
 from deltaw.core.plan import Target, TargetPlan
 
 PRESETS = ("all-linear", "attention", "mlp")
@@ -87,7 +86,7 @@ def plan(
     layers: str | int | Iterable[int] | None = None,
 ) -> TargetPlan:
     """Resolve `targets` against `model` for `method`. Pure; raises TargetError with every fault found."""
-    known = facts(model, method)
+    known, there = facts(model, method), by_path(model)
     found: list[str] = []
     notes: list[str] = []
     chosen = _chosen(_patterns(targets, found), known, method, found, notes)
@@ -102,15 +101,16 @@ def plan(
         if Site(path, slot) not in extra  # trained in full
     }
     layer = {fact.path: fact.layer for fact in known}
-    planned = _adapted(sites, layer, method.over(sites), found)
+    shapes = Shapes()
+    planned = _adapted(sites, layer, method.over(sites), shapes, found)
     found += method.unused([t.site.path for t in planned])
-    found += [f"{site}: {reason}" for site in sites if (reason := untrue(model, site, method))]
+    found += [f"{site}: {reason}" for site in sites if (reason := untrue(there, site, method))]
     for site, companion in extra.items():
-        host = companion.host(model.get_submodule(site.path), site.slot)
-        reason = bypassed(model, site.path) or host.fault()
+        host = companion.host(there[site.path], site.slot)
+        reason = bypassed(there, site.path) or host.fault()
         if reason:
             found.append(f"{site}: {reason}")
-        planned.append(_target(site, layer[site.path], host.spec, companion))
+        planned.append(_target(site, layer[site.path], host.spec, companion.at(site.path, host.spec), shapes))
     if not planned and not found:
         because = f": {'; '.join(notes)}" if notes else ""
         found.append(f"{targets!r} leaves nothing to adapt{because}")
@@ -183,17 +183,18 @@ def _in_layers(
 
 
 def _adapted(
-    sites: Mapping[Site, HostSpec], layer: Mapping[str, str], method: Method, found: list[str]
+    sites: Mapping[Site, HostSpec], layer: Mapping[str, str], method: Method, shapes: Shapes, found: list[str]
 ) -> list[Target]:
     """The targets of the method itself; what does not fit is a fault, said once with all modules it is true of."""
     planned: list[Target] = []
     unfit: dict[tuple[str, str, str], list[str]] = {}
     for site, spec in sites.items():
-        reason = method.at(site.path, spec).unfit(spec)
+        resolved = method.at(site.path, spec)
+        reason = resolved.unfit(spec)
         if reason:
             unfit.setdefault((layer[site.path], "×".join(map(str, spec.whole)), reason), []).append(site.path)
         else:
-            planned.append(_target(site, layer[site.path], spec, method))
+            planned.append(_target(site, layer[site.path], spec, resolved, shapes))
     for (kind, shape, reason), paths in unfit.items():
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         found.append(f"{paths[0] or 'the model itself'}{more} ({kind} {shape}): {reason}")
@@ -212,15 +213,15 @@ def _left_out(reasons: Mapping[str, str]) -> list[str]:
 
 def replaced(plan: TargetPlan, methods: Mapping[Site, Method]) -> TargetPlan:
     """The plan with other methods, already resolved, at some of its sites."""
-    targets = [_target(t.site, t.layer, t.spec, methods[t.site]) if t.site in methods else t for t in plan.targets]
+    shapes = Shapes()
+    targets = [
+        _target(t.site, t.layer, t.spec, methods[t.site], shapes) if t.site in methods else t for t in plan.targets
+    ]
     return dataclasses.replace(plan, targets=tuple(targets))
 
 
-def _target(site: Site, layer: str, spec: HostSpec, method: Method) -> Target:
-    resolved = method.at(site.path, spec)
-    with torch.device("meta"):  # shapes only: nothing is drawn or allocated
-        adapter = resolved.build(spec)
-    return Target(site, layer, spec, resolved, sum(p.numel() for p in adapter.parameters()))
+def _target(site: Site, layer: str, spec: HostSpec, resolved: Method, shapes: Shapes) -> Target:
+    return Target(site, layer, spec, resolved, shapes.of(resolved, spec)[1])
 
 
 def _patterns(targets: Targets, found: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from deltaw.core.errors import ConfigError, faults
 from deltaw.core.method import Method
-from deltaw.formats.peft_kind import OPTIONAL
+from deltaw.formats.peft_kind import PLAIN
 from deltaw.formats.peft_match import matches
 from deltaw.formats.peft_methods import kind_of
 from deltaw.formats.peft_valid import ANYWHERE, IRRELEVANT
@@ -69,7 +69,7 @@ def parse_config(config: Mapping[str, Any]) -> Recipe:
     found = [f"{what} cannot be taken over from a config" for key, what in kind.for_training.items() if config.get(key)]
     found += [
         f"{key} cannot be taken over from a config: {method.name} has no such option"
-        for key in OPTIONAL
+        for key in PLAIN
         if key not in known and config.get(key) not in (None, "none", {}, [])
     ]
     found += kind.untrainable(config)

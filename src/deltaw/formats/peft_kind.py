@@ -21,8 +21,9 @@ from deltaw.formats.peft_valid import ALPHAS, POSITIVE, RANKS, WHOLE, Check
 from deltaw.methods.patterns import first_hit
 
 Value = TypeVar("Value", int, float)
-OPTIONAL = ("bias", "modules_to_save", "rank_pattern", "alpha_pattern")
-"""Options of PEFT's that finished tensors answer: a method of ours without such a field can still be read."""
+PLAIN: Mapping[str, Any] = {"bias": "none", "modules_to_save": (), "rank_pattern": {}, "alpha_pattern": {}}
+"""Options of PEFT's that finished tensors answer, as they are of one module by itself: a method of ours without such a field can
+still be read."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class Kind:
     # Shared by those below
 
     def make(self, config: Mapping[str, Any], name: str, **fields: Any) -> Method:
-        """The method called `name`; fields of OPTIONAL only where it has them."""
+        """The method called `name`; fields of PLAIN only where it has them."""
         cls = get(name)
         known = {f.name for f in dataclasses.fields(cls)}
         fields = {
@@ -173,13 +174,12 @@ class Kind:
             "alpha_pattern": dict(config.get("alpha_pattern") or {}),
             **fields,
         }
-        return cls(**{key: value for key, value in fields.items() if key in known or key not in OPTIONAL})
+        return cls(**{key: value for key, value in fields.items() if key in known or key not in PLAIN})
 
     def plain(self, method: Method) -> Method:
         """Without what concerns other modules."""
-        empty = {"bias": "none", "modules_to_save": (), "rank_pattern": {}, "alpha_pattern": {}}
         known = {f.name for f in dataclasses.fields(method)}
-        return dataclasses.replace(method, **{key: value for key, value in empty.items() if key in known})
+        return dataclasses.replace(method, **{key: value for key, value in PLAIN.items() if key in known})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ LORA      lora_A.weight [r, in, *kernel], lora_B.weight [out, r, *ones]; scale Î
           on stacks of experts (target_parameters) as `peft_experts` says
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from deltaw.core.errors import ConfigError
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method
 from deltaw.formats.peft_experts import flatten, unflatten
-from deltaw.formats.peft_kind import Piece, Ranked, ranked_rules
+from deltaw.formats.peft_kind import PLAIN, Piece, Ranked, ranked_rules
 from deltaw.formats.peft_valid import NAMES, SHARE, SWITCH, TOKENS, biases
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
@@ -45,9 +44,9 @@ class LoRAKind(Ranked):
             return []
         return ["init_lora_weights=false starts with a random change of the base: use true"]
 
-    def method(self, config: Mapping[str, Any]) -> Method:
+    def method(self, config: Mapping[str, Any], **fields: Any) -> Method:
         return self.make(
-            config, "dora" if config.get("use_dora") else "lora", **self.ranked(config),
+            config, "dora" if config.get("use_dora") else "lora", **{**self.ranked(config), **fields},
             dropout=float(config.get("lora_dropout") or 0.0), rslora=bool(config.get("use_rslora")), init=INITS[_init(config)],
         )  # fmt: skip
 
@@ -62,9 +61,7 @@ class LoRAKind(Ranked):
         if reason:
             return reason
         a, b = group["lora_A"], group["lora_B"]
-        method = dataclasses.replace(
-            self.plain(self.method(config)), rank=a.shape[0], alpha=self.alpha_of(config, path)
-        )  # type: ignore[call-arg]
+        method = self.method(config, rank=a.shape[0], alpha=self.alpha_of(config, path), **PLAIN)
         spec = HostSpec((b.shape[0], *a.shape[1:]), lookup="lora_embedding_A" in found)
         return Piece(method, group, spec, self.told(config, path, a.shape[0]))
 
@@ -74,7 +71,7 @@ class LoRAKind(Ranked):
         if isinstance(pair, str):
             return pair
         a, b = pair
-        method = dataclasses.replace(self.plain(self.method(config)), rank=rank, alpha=self.alpha_of(config, name))  # type: ignore[call-arg]
+        method = self.method(config, rank=rank, alpha=self.alpha_of(config, name), **PLAIN)
         return Piece(method, {"lora_A": a, "lora_B": b}, HostSpec((b.shape[1], a.shape[2]), stack=len(a)))
 
     def unheld(self, method: Method, spec: HostSpec | None, transposed: bool) -> str | None:

@@ -94,7 +94,7 @@ class DoRA(LoRA):
         return found
 
     def build(self, spec: HostSpec) -> Adapter:
-        method = self.at("", spec)
+        method = self.resolved(spec)
         assert method.rank is not None
         return method.start(DoRAAdapter(spec, method.rank, method.scale, method.dropout), spec)
 

@@ -241,8 +241,13 @@ class LoRA(Method):
         assert self.rank is not None and self.alpha is not None, "resolve the method with at() first"
         return self.alpha / self._unit(self.rank)
 
+    def resolved(self, spec: HostSpec) -> Self:
+        """Itself where `at` has been there."""
+        done = self.rank is not None and self.alpha is not None and not (self.rank_pattern or self.alpha_pattern)
+        return self if done else self.at("", spec)
+
     def build(self, spec: HostSpec) -> Adapter:
-        method = self.at("", spec)
+        method = self.resolved(spec)
         assert method.rank is not None
         if method.init in STARTS:
             start = functools.partial(STARTS[method.init], niter=method.niter)
