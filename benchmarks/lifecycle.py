@@ -1,11 +1,12 @@
-"""What it costs to have adapters, beside PEFT: attach, load, switch, switch off, detach; decode steps; the import.
+"""What it costs to have adapters, beside PEFT: attach, load, switch, switch off, detach; decode steps; mixes; the import.
 
-    python -m benchmarks lifecycle [--layers 32,80] [--rounds 5]
+    python -m benchmarks lifecycle [--layers 32,80] [--rounds 5] [--adapters 8,16,32]
 
 Toy Llama (hidden 32, 7 linear layers a block), LoRA r 4 on all of them: times of Python and dispatch, not of arithmetic. A
-decode step is one token for each of 16 rows of a model of 75 M parameters in bf16 with 16 adapters r 16: the bare base, one
-adapter for all rows, and an adapter for each row (PEFT's adapter_names). Sides take turns; medians of rounds. That the row
-of an adapter gives what the adapter alone gives is asserted.
+decode step is one token for each row of a model of 75 M parameters in bf16 with as many adapters r 16: the bare base, the base
+with one of them merged, one adapter for all rows, and an adapter for each row (PEFT's adapter_names; routing included). A mix
+is four adapters r 16 of a layer of 2048 × 2048 in one of rank 16. Sides take turns; medians of rounds. That the row of an
+adapter gives what the adapter alone gives, and that both mixes are one change, is asserted.
 """
 
 import copy
@@ -27,8 +28,9 @@ import deltaw
 from benchmarks._common import keep, parser
 from benchmarks.step import base as base_75m
 from deltaw.core.attach import adapters
-
-ROWS = 16
+from deltaw.core.method import Site
+from deltaw.core.state import delta
+from deltaw.mixing import svd
 
 
 def toy(layers: int) -> nn.Module:
@@ -100,9 +102,9 @@ def overheads(layers: int, rounds: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def decode(rounds: int) -> dict[str, Any]:
+def decode(count: int, rounds: int) -> dict[str, Any]:
     base = base_75m(torch.bfloat16).eval()
-    mine, names = copy.deepcopy(base), [f"a{number}" for number in range(ROWS)]
+    mine, names = copy.deepcopy(base), [f"a{number}" for number in range(count)]
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     other: Any = peft.get_peft_model(copy.deepcopy(base), config, adapter_name=names[0])  # type: ignore[arg-type]
     for name in names:
@@ -116,7 +118,7 @@ def decode(rounds: int) -> dict[str, Any]:
         if "lora_B" in key:
             nn.init.normal_(parameter, std=0.02)
     other.eval()
-    ids = torch.randint(0, 12288, (ROWS, 1), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 12288, (count, 1), generator=torch.Generator().manual_seed(0))
 
     def mixed() -> torch.Tensor:
         with deltaw.use(mine, [{name: 1.0} for name in names]):
@@ -128,8 +130,12 @@ def decode(rounds: int) -> dict[str, Any]:
     assert apart < 0.05, apart
     deltaw.use(mine, "a0")
     other.set_adapter("a0")
+    merged = copy.deepcopy(base)
+    deltaw.insert(merged, deltaw.extract(mine, "a0"))
+    deltaw.merge(merged)
     acts: dict[str, Callable[[], Any]] = {
-        "base": lambda: base(input_ids=ids), "one adapter": lambda: mine(input_ids=ids), "an adapter a row": mixed,
+        "base": lambda: base(input_ids=ids), "merged": lambda: merged(input_ids=ids),
+        "one adapter": lambda: mine(input_ids=ids), "an adapter a row": mixed,
         "peft, one adapter": lambda: other(input_ids=ids),
         "peft, an adapter a row": lambda: other(input_ids=ids, adapter_names=names),
     }  # fmt: skip
@@ -139,6 +145,8 @@ def decode(rounds: int) -> dict[str, Any]:
             times[name].append(timed(act))
     seconds = {name: statistics.median(values[1:]) for name, values in times.items()}
     ratios = {
+        "merged / base": seconds["merged"] / seconds["base"],
+        "one adapter / base": seconds["one adapter"] / seconds["base"],
         "an adapter a row / one adapter": seconds["an adapter a row"] / seconds["one adapter"],
         "an adapter a row / base": seconds["an adapter a row"] / seconds["base"],
         "the same of peft / one adapter": seconds["peft, an adapter a row"] / seconds["peft, one adapter"],
@@ -147,6 +155,44 @@ def decode(rounds: int) -> dict[str, Any]:
     return {
         "milliseconds": {name: round(1e3 * t, 2) for name, t in seconds.items()},
         "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
+    }
+
+
+def mixes(rounds: int) -> dict[str, Any]:
+    """Seconds from four adapters in the model to their weighted sum in rank 16 in it."""
+    size, weights, names = 2048, [0.4, 0.3, 0.2, 0.1], [f"a{number}" for number in range(4)]
+    torch.manual_seed(0)
+    mine, config = nn.Sequential(nn.Linear(size, size)), peft.LoraConfig(r=16, lora_alpha=32, target_modules=["0"])
+    other: Any = peft.get_peft_model(copy.deepcopy(mine), config, adapter_name=names[0])  # type: ignore[arg-type]
+    for name in names:
+        if name != names[0]:
+            other.add_adapter(name, config)
+        deltaw.attach(mine, deltaw.LoRA(rank=16, alpha=32), targets="0", name=name)
+        layer, own = other.base_model.model[0], adapters(mine, name)[Site("0")]
+        nn.init.normal_(own.lora_B, std=0.02)  # type: ignore[arg-type]
+        layer.lora_A[name].weight.data.copy_(own.lora_A.data)  # type: ignore[union-attr, operator]
+        layer.lora_B[name].weight.data.copy_(own.lora_B.data)  # type: ignore[union-attr, operator]
+
+    def ours() -> None:
+        mixed, _ = svd([deltaw.extract(mine, name) for name in names], weights, 16)
+        deltaw.insert(mine, mixed, name="mix")
+
+    def theirs() -> None:
+        other.add_weighted_adapter(names, weights, "mix", combination_type="svd", svd_rank=16)
+
+    times: dict[str, list[float]] = {"deltaw": [], "peft": []}
+    for _ in range(rounds):
+        times["deltaw"].append(timed(ours))
+        times["peft"].append(timed(theirs))
+        changes = [delta(deltaw.extract(mine, "mix"), "0", torch.zeros(size, size)), layer.get_delta_weight("mix")]
+        apart = float((changes[0] - changes[1]).norm() / changes[1].norm())
+        assert apart < 1e-3, apart
+        deltaw.detach(mine, "mix")
+        other.delete_adapter("mix")
+    seconds = {side: statistics.median(values) for side, values in times.items()}
+    return {
+        "milliseconds": {side: round(1e3 * t, 2) for side, t in seconds.items()},
+        "deltaw / peft": round(seconds["deltaw"] / seconds["peft"], 5),
     }
 
 
@@ -166,9 +212,12 @@ def imports(rounds: int) -> dict[str, float]:
 def main(arguments: list[str]) -> None:
     options = parser(__doc__)
     options.add_argument("--layers", default="32,80")
+    options.add_argument("--adapters", default="8,16,32")
     options.add_argument("--rounds", type=int, default=5)
     args = options.parse_args(arguments)
     keep("lifecycle", {
         "threads": torch.get_num_threads(), "rounds": args.rounds, "imports": imports(args.rounds),
-        "layers": {layers: overheads(int(layers), args.rounds) for layers in args.layers.split(",")}, "decode": decode(args.rounds),
+        "layers": {layers: overheads(int(layers), args.rounds) for layers in args.layers.split(",")},
+        "decode": {count: decode(int(count), 4 * args.rounds) for count in args.adapters.split(",")},
+        "mix": mixes(args.rounds),
     })  # fmt: skip

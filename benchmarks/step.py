@@ -1,21 +1,27 @@
 """A training step beside the frozen base and PEFT: time, and bytes kept for the backward pass.
 
     python -m benchmarks step [--dtypes bf16,fp32] [--shapes 4x256,1x1024] [--rounds 7] [--dropout 0.05] [--sides ours,bound]
+                              [--memory]
 
 Llama of 75 M parameters (hidden 768, 8 layers, random), LoRA r 16 on all linear layers, stock loss on all positions.
     bound       the frozen base, with gradients for activations alone: what every adapter pays
     peft        PEFT as it comes       peft_cast    with autocast_adapter_dtype=False
     ours        deltaw as it trains    plain        deltaw without fused MLPs     full    all weights
+    dora        deltaw's DoRA          peft_dora    PEFT's
 A step is forward and backward; sides take turns, each side's time is the median over rounds, given as a ratio. Bytes are
 those of distinct storages held by saved tensors, parameters left out, per token and layer. From one start, five AdamW
-steps of ours and PEFT's give equal losses, and gradients are not zero: asserted.
+steps of ours and PEFT's give equal losses, and gradients are not zero: asserted. Memory is the highest resident size of a process
+of its own during two steps, above what it was with the model loaded.
 """
 
 import copy
 import gc
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -28,9 +34,10 @@ from benchmarks._common import keep, parser
 from deltaw.core.attach import adapters
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SIDES = ("bound", "ours", "plain", "peft", "peft_cast", "full")
+SIDES = ("bound", "ours", "plain", "peft", "peft_cast", "full", "dora", "peft_dora")
 LAYERS, RANK, ALPHA = 8, 16, 32
 FUSED: list[Any] = []
+PAIRS = (("ours", "peft"), ("dora", "peft_dora"))
 Side = tuple[nn.Module, list[nn.Parameter]]
 
 
@@ -50,14 +57,17 @@ def build(side: str, model: nn.Module, dropout: float) -> Side:
         model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())  # type: ignore[operator]
     elif side == "full":
         model.requires_grad_(True)
-    elif side in ("ours", "plain"):
-        deltaw.attach(model, deltaw.LoRA(rank=RANK, alpha=ALPHA, dropout=dropout), targets="all-linear")
-        if side == "ours":
+    elif side in ("ours", "plain", "dora"):
+        method = deltaw.DoRA if side == "dora" else deltaw.LoRA
+        deltaw.attach(model, method(rank=RANK, alpha=ALPHA, dropout=dropout), targets="all-linear")
+        if side != "plain":
             FUSED.append(deltaw.fused(model))  # until the benchmark ends
             assert FUSED[-1].__enter__() == LAYERS
     else:
-        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear")
-        model = peft.get_peft_model(model, config, autocast_adapter_dtype=side == "peft")  # type: ignore[arg-type, assignment]
+        config = peft.LoraConfig(
+            r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear", use_dora=side == "peft_dora"
+        )
+        model = peft.get_peft_model(model, config, autocast_adapter_dtype=side != "peft_cast")  # type: ignore[arg-type, assignment]
     return model, [p for p in model.parameters() if p.requires_grad]
 
 
@@ -126,14 +136,16 @@ def compare(
 ) -> dict[str, Any]:
     batches = list(torch.randint(0, 12288, (5, rows, length), generator=torch.Generator().manual_seed(0)))
     built = {side: build(side, model, dropout) for side in sides}
-    for side in ("peft", "peft_cast"):
-        if side in built and "ours" in built:
-            same_start(built["ours"][0], built[side][0])
+    for side, twin in (("peft", "ours"), ("peft_cast", "ours"), ("peft_dora", "dora")):
+        if side in built and twin in built:
+            same_start(built[twin][0], built[side][0])
     result: dict[str, Any] = {"saved_bytes": {side: round(saved_bytes(built[side], batches[0])) for side in sides}}
-    if not dropout and {"ours", "peft"} <= set(sides):
-        ours, theirs = (losses(built[side], batches) for side in ("ours", "peft"))
-        result["loss_difference"] = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-        assert result["loss_difference"] < (2e-2 if model.dtype == torch.bfloat16 else 1e-4), (ours, theirs)
+    for ours, theirs in PAIRS if not dropout else ():
+        if {ours, theirs} <= set(sides):
+            pair = [losses(built[side], batches) for side in (ours, theirs)]
+            apart = max(abs(a - b) for a, b in zip(*pair, strict=True))
+            assert apart < (2e-2 if model.dtype == torch.bfloat16 else 1e-4), (ours, pair)
+            result.setdefault("loss_difference", {})[f"{ours}, {theirs}"] = apart
     times: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds + 1):
         for side in sides if number % 2 else sides[::-1]:
@@ -141,12 +153,37 @@ def compare(
             times[side].append(step(built[side], batches[0]))
     middle = {side: statistics.median(values[1:]) for side, values in times.items()}
     result["seconds"] = {side: round(seconds, 4) for side, seconds in middle.items()}
-    result["ratios"] = {
-        f"ours / {other}": round(middle["ours"] / middle[other], 3)
-        for other in sides
-        if other != "ours" and "ours" in sides
-    }
+    pairs = [*(("ours", other) for other in sides if other != "ours"), ("dora", "peft_dora")]
+    result["ratios"] = {f"{a} / {b}": round(middle[a] / middle[b], 3) for a, b in pairs if {a, b} <= set(sides)}
     return result
+
+
+def resident(word: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{word}:")))
+
+
+def peak(side: str, dtype: str, rows: int, length: int, dropout: float) -> int:
+    """Highest resident size during two steps above that of the loaded model, in this process."""
+    one = build(side, base(DTYPES[dtype]), dropout)
+    ids = torch.randint(0, 12288, (rows, length), generator=torch.Generator().manual_seed(0))
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the highest size so far is forgotten
+    for _ in range(2):
+        step(one, ids)
+    return resident("VmHWM") - before
+
+
+def peaks(sides: Sequence[str], *given: Any) -> dict[str, float]:
+    """MB of every side, each in a process of its own."""
+    found = {}
+    for side in sides:
+        call = f"from benchmarks.step import peak; print(peak({side!r}, {', '.join(map(repr, given))}))"
+        done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True)
+        found[side] = round(int(done.stdout.split()[-1]) / 1e6, 1)
+    return found
 
 
 def main(arguments: list[str]) -> None:
@@ -156,6 +193,7 @@ def main(arguments: list[str]) -> None:
     options.add_argument("--sides", default=",".join(SIDES))
     options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--dropout", type=float, default=0.0)
+    options.add_argument("--memory", action="store_true", help="the peak of the resident size too")
     options.add_argument("--dry", action="store_true", help="print, and keep no result")
     args = options.parse_args(arguments)
     found: dict[str, Any] = {"threads": torch.get_num_threads(), "rounds": args.rounds, "dropout": args.dropout}
@@ -165,6 +203,9 @@ def main(arguments: list[str]) -> None:
         for shape in args.shapes.split(","):
             rows, length = map(int, shape.split("x"))
             found[f"{dtype} {shape}"] = compare(model, args.sides.split(","), rows, length, args.rounds, args.dropout)
+            if args.memory:
+                given = (dtype, rows, length, args.dropout)
+                found[f"{dtype} {shape}"]["peak_megabytes"] = peaks(args.sides.split(","), *given)
             print(dtype, shape, found[f"{dtype} {shape}"], flush=True)
     write("step_dropout" if args.dropout else "step", found)
     for one in FUSED:

@@ -138,6 +138,9 @@ def test_eval_generate_inspect_mix_merge(run, rows: Path, trained: Path, tmp_pat
 
     code, out, _ = run("mix", f"{adapter}=0.7", f"{adapter}=0.3", "--output", tmp_path / "mixed", "--json")
     assert code == 0 and (tmp_path / "mixed" / "adapter_model.safetensors").is_file()
+    cut = run("mix", f"{adapter}=0.7", f"{adapter}=0.3", "--output", tmp_path / "cut", "--rank", 2, "--json")
+    assert cut[0] == 0 and json.loads(cut[1])["rank"] == 2 and 0 < json.loads(cut[1])["error"] < 1
+    assert json.loads(cut[1])["parameters"] < json.loads(out)["parameters"]
 
     code, out, _ = run(
         "merge", tmp_path / "mixed", "--model", "tiny", "--output", tmp_path / "merged", "--dtype", "fp32", "--json"
