@@ -215,3 +215,33 @@ def test_where_a_bank_does_not_pay() -> None:
         parameter.requires_grad_(True)
     with use(trained, ["a0", "a1"]):
         assert here(trained[0]).bank is None and here(trained[1]).bank is not None
+
+
+@torch.no_grad()
+def test_a_route_that_comes_again_is_as_it_was_and_sees_what_changed() -> None:
+    model, x = served(2, 2), torch.randn(2, 3, 6)
+    routes: list[Any] = [{"a0": 0.5}, "a1"]
+    with use(model, routes):
+        first, live_then = model(x), here(model[0]).live
+    with use(model, routes):
+        assert here(model[0]).live is live_then and torch.equal(model(x), first)  # nothing was planned anew
+        with use(model, ["a1", {}]):
+            assert not torch.allclose(model(x), first)
+        assert here(model[0]).batch.live is live_then and torch.equal(model(x), first)
+    layer = model[0].adapters["a0"]["weight"]
+    layer.scale *= 3.0
+    expected = each(model, routes, x)
+    for _ in range(2):
+        with use(model, routes):
+            torch.testing.assert_close(model(x), expected)
+    model.double()
+    for _ in range(2):
+        with use(model, routes):
+            torch.testing.assert_close(model(x.double()).float(), expected)
+    assert here(model[0]).batch is None or here(model[0]).batch.bank.a.dtype == torch.float64
+    with pytest.raises(UseError, match="strength True of 'a0'"):
+        use(model, [{"a0": True}, "a1"])
+    detach(model, "a0")
+    with pytest.raises(UseError, match="no adapter 'a0'"):
+        use(model, routes)
+    assert not here(copy.deepcopy(model)[1]).routed

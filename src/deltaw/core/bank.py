@@ -30,28 +30,30 @@ class Plan(NamedTuple):
     weights: Tensor
     """[K, n], fp32"""
     batch: int
-    full: bool
-    """Is no place filled up?"""
+    weight: float | None
+    """That of all of them, where no place is filled up and they are one number."""
     ordered: bool
     """Are the rows the batch as it is, so that nothing is gathered?"""
 
 
 def bank_rows(y: Tensor, x: Tensor, a: Tensor, bt: Tensor, plan: Plan) -> Tensor:
-    """y [B, …, out] with the changes of x [B, …, in] added."""
+    """The changes of x [B, …, in] are added to y [B, …, out], in place: it is the layer's own output."""
     mine = (x if plan.ordered else x[plan.rows]).reshape(len(plan.rows), -1, x.shape[-1])  # [K, n · T, in]
     # the smaller side is cast: few rows, or the factors
     if mine.shape[1] <= a.shape[1] and x.dtype.itemsize < a.dtype.itemsize:
         mine = mine.to(a.dtype)
     else:
         a, bt = a.to(x.dtype), bt.to(x.dtype)
-    h = torch.bmm(mine, a.mT).view(*plan.rows.shape, -1)  # [K, n, T · r]
-    h = (h * plan.weights[..., None]).to(bt.dtype).view(*mine.shape[:2], -1)
-    out = torch.bmm(h, bt).view(*plan.rows.shape, *y.shape[1:])
-    if not plan.full:  # places that are filled up add nothing, and not 0 · NaN
+    h = torch.bmm(mine, a.mT)  # [K, n · T, r]
+    if plan.weight is None:
+        h = (h.view(*plan.rows.shape, -1) * plan.weights[..., None]).to(bt.dtype).view(h.shape)
+    out, weight = torch.bmm(h, bt), 1.0 if plan.weight is None else plan.weight
+    if plan.ordered:  # every place is a row
+        return y.add_(out.view(y.shape).to(y.dtype), alpha=weight)
+    out = out.view(*plan.rows.shape, *y.shape[1:])
+    if plan.weight is None:  # places that are filled up add nothing, and not 0 · NaN
         out = torch.where(plan.weights.view(*plan.rows.shape, *[1] * (y.ndim - 1)) != 0, out, 0.0)
-    if plan.ordered:
-        return y + out.view(y.shape).to(y.dtype)
-    return y.index_add(0, plan.rows.flatten(), out.flatten(0, 1).to(y.dtype))
+    return y.index_add_(0, plan.rows.flatten(), out.flatten(0, 1).to(y.dtype), alpha=weight)
 
 
 class Bank:
@@ -65,10 +67,12 @@ class Bank:
         self.bt = b.new_zeros(len(adapters), max(ranks), b.shape[0])
         for number, (adapter, rank) in enumerate(zip(adapters, ranks, strict=True)):
             adapter.move_into(self.a[number, :rank], self.bt[number, :rank])
-        self.places = self._places()
+        self.places, self.drops = self._places(), any(adapter.dropout for adapter in adapters)
 
-    def _places(self) -> list[int]:
-        return [p.data_ptr() for adapter in self.adapters for p in adapter._parameters.values()]
+    def _places(self) -> list[float]:
+        """Where every factor lies, the scales and dropouts: what plans and routes rely on."""
+        places: list[float] = [p.data_ptr() for adapter in self.adapters for p in adapter._parameters.values()]
+        return places + [fact for adapter in self.adapters for fact in (adapter.scale, adapter.dropout)]
 
     def holds(self, adapters: Sequence[Any]) -> bool:
         """Are these its adapters, and are their factors still here?"""
@@ -87,8 +91,8 @@ class Bank:
     def __call__(self, plan: Plan, call: Call, *args: Any, **kwargs: Any) -> Any:
         """The layer's call with all changes, or None where the rows must be computed one adapter after the other."""
         x = args[0] if args else kwargs["input"]
-        drops = any(adapter.dropout and adapter.training for adapter in self.adapters)
-        if x.shape[0] != plan.batch or x.ndim == 1 or drops or self._places() != self.places:
+        drops = self.drops and any(adapter.drops for adapter in self.adapters)
+        if drops or x.shape[0] != plan.batch or x.ndim == 1 or self._places() != self.places:
             return None
         a, bt = (self.a, self.bt) if plan.acting is None else (self.a[plan.acting], self.bt[plan.acting])
         return bank_rows(call(*args, **kwargs), x, a, bt, plan)
@@ -108,7 +112,8 @@ def _plan(parts: Sequence[tuple[int, float, Any]], everyone: int, device: torch.
     acting = None if len(parts) == everyone else torch.tensor([number for number, _, _ in parts], device=device)
     batch, full = parts[0][2].batch, filled == rows.numel()
     ordered = full and torch.equal(rows.flatten(), torch.arange(batch))
-    return Plan(acting, rows.to(device), weights.to(device), batch, full, ordered)
+    weight = float(weights[0, 0]) if full and bool((weights == weights[0, 0]).all()) else None
+    return Plan(acting, rows.to(device), weights.to(device), batch, weight, ordered)
 
 
 class Batch(NamedTuple):

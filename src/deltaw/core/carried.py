@@ -27,12 +27,17 @@ class Carried:
         """The factors of its adapters in one place (`core.bank.Bank`), where that can be."""
         self.batch: Any = None
         """What the bank does with the rows of a batch (`core.bank.Batch`), as long as its `live` is live."""
+        self.routed: dict[Any, tuple[tuple[Live, ...], Any]] = {}
+        """Routes of rows that were live before → what `live` and `batch` were then."""
         self.merged: tuple[str, ...] = ()
         """Names whose change is in the weights; never live."""
         self.roots: dict[str, list[tuple[Root, str]]] = {}
         """Name → the roots it was attached through, with the path of this module as each of them sees it."""
         self.pristine: dict[str, Tensor] = {}
         """Slot → the base's own parameter, while a merged weight or a trained copy stands in its place."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "routed": {}}  # a copy makes its own
 
 
 def carried(module: nn.Module) -> Carried | None:

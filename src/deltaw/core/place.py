@@ -41,6 +41,7 @@ class Adapted:
             y = batch.bank(batch.plan, call, *args, **kwargs)
             if y is not None:
                 return y
+            there.routed.clear()  # the model may have moved: the next route is planned anew
         for adapter, host, strength in there.live:  # the first is innermost; additive ones commute
             around = functools.partial(by_rows, adapter) if isinstance(strength, PerRow) else adapter
             call = functools.partial(around, host, call, strength)

@@ -40,6 +40,14 @@ class _Facts(NamedTuple):
     rigid: str
 
 
+class _Rows:
+    """Stands for the routes of the rows of one batch."""
+
+
+KEPT = 16
+"""Batches whose routes are remembered."""
+
+
 class _Index:
     """What is known of a model until adapters come or go. It must not keep the model alive: weak references."""
 
@@ -47,6 +55,8 @@ class _Index:
         self.stamp = _stamp
         self.modules = [weakref.ref(module) for module in model.modules() if carried(module) is not None]
         self.facts: dict[str, _Facts] | None = None
+        self.rows: dict[Any, _Rows] = {}
+        """Routes of rows that were found right: what stands for them in `Carried.routed`."""
 
 
 _stamp = _Stamp()
@@ -104,10 +114,15 @@ class use:
         if not routes:
             raise UseError("no route: give one for every row of the batch, {} for a row of the base")
         self.modules = adapted_modules(model)
-        _check(model, self.modules, routes, rows)
+        known = _index(model).rows if rows else {}
+        key: object = tuple(tuple(one.items()) for one in routes) if rows and _plain(routes) else object()
+        if key not in known:
+            _check(model, self.modules, routes, rows)
+            if rows:
+                _remember(known, key, _Rows())
         self.before = {module: (here(module).live, here(module).batch) for module in self.modules}
         self.stamp = _stamp
-        apply_rows(self.modules, routes) if rows else apply(self.modules, routes[0])
+        apply_rows(self.modules, routes, known[key]) if rows else apply(self.modules, routes[0])
 
     def __enter__(self) -> Self:
         return self
@@ -144,8 +159,13 @@ def apply(modules: list[nn.Module], route: Route) -> None:
         there.live = tuple(sorted(found, key=outermost))
 
 
-def apply_rows(modules: list[nn.Module], routes: Sequence[Route]) -> None:
-    """As `apply`, with a route for every row of the batch."""
+def apply_rows(modules: list[nn.Module], routes: Sequence[Route], key: _Rows) -> None:
+    """As `apply`, with a route for every row of the batch; where it was live before, as it was then."""
+    if all(key in here(module).routed for module in modules):
+        for module in modules:
+            there = here(module)
+            there.live, there.batch = there.routed[key]
+        return
     wanted = {}
     with torch.inference_mode(False):
         for name in dict.fromkeys(name for route in routes for name in route):
@@ -158,6 +178,18 @@ def apply_rows(modules: list[nn.Module], routes: Sequence[Route]) -> None:
         there = here(module)
         there.live = tuple((a, host, at) for name, at in wanted.items() for a, host, _ in there.entries.get(name, ()))
         there.batch = settle(there, there.live, plans)
+        _remember(there.routed, key, (there.live, there.batch))
+
+
+def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(known) >= KEPT:
+        known.clear()
+    known[key] = value
+
+
+def _plain(routes: Sequence[Route]) -> bool:
+    """Can these be a key? What is no number is said by `_check`."""
+    return all(type(name) is str and type(w) in (float, int) for route in routes for name, w in route.items())
 
 
 def _route(given: object) -> Route:
