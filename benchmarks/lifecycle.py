@@ -140,9 +140,9 @@ def decode(count: int, rounds: int) -> dict[str, Any]:
         "peft, an adapter a row": lambda: other(input_ids=ids, adapter_names=names),
     }  # fmt: skip
     times: dict[str, list[float]] = {name: [] for name in acts}
-    for _ in range(rounds + 1):
-        for name, act in acts.items():
-            times[name].append(timed(act))
+    for number in range(rounds + 1):
+        for name in acts if number % 2 else [*acts][::-1]:
+            times[name].append(timed(acts[name]))
     seconds = {name: statistics.median(values[1:]) for name, values in times.items()}
     ratios = {
         "merged / base": seconds["merged"] / seconds["base"],

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import deltaw
-from benchmarks._common import keep, parser
+from benchmarks._common import highest, keep, parser
 from deltaw.core.attach import adapters
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -158,22 +157,15 @@ def compare(
     return result
 
 
-def resident(word: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{word}:")))
-
-
 def peak(side: str, dtype: str, rows: int, length: int, dropout: float) -> int:
     """Highest resident size during two steps above that of the loaded model, in this process."""
     one = build(side, base(DTYPES[dtype]), dropout)
     ids = torch.randint(0, 12288, (rows, length), generator=torch.Generator().manual_seed(0))
     gc.collect()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the highest size so far is forgotten
-    for _ in range(2):
-        step(one, ids)
-    return resident("VmHWM") - before
+    with highest() as size:
+        for _ in range(2):
+            step(one, ids)
+    return size[0]
 
 
 def peaks(sides: Sequence[str], *given: Any) -> dict[str, float]:

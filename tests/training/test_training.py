@@ -17,7 +17,7 @@ from deltaw.data.collate import Collator
 from deltaw.data.dataset import encode_rows
 from deltaw.data.encode import Policy
 from deltaw.data.rows import read_rows
-from deltaw.infer.loss import SFTLoss, mean_loss
+from deltaw.infer.loss import SFTLoss, Summed, mean_loss
 from deltaw.methods.adalora import AdaLoRA
 from deltaw.methods.lora import LoRA
 from deltaw.models.base import load_base
@@ -148,6 +148,15 @@ def test_chunked_loss_is_the_same(rows: Path, monkeypatch: pytest.MonkeyPatch) -
     for p, g in zip((p for p in base.model.parameters() if p.requires_grad), gradients, strict=True):
         assert torch.allclose(p.grad, g, rtol=1e-3, atol=1e-5)
     assert any(bool(g.any()) for g in gradients)
+
+    with torch.no_grad():
+        assert torch.allclose(loss(batch)[0], whole, rtol=1e-5)
+    x = torch.randn(5, 3, requires_grad=True)
+    total = Summed.apply(lambda rows, _: rows.square().sum(), 2, x, torch.zeros(5))
+    (slope,) = torch.autograd.grad(total.square(), x, create_graph=True)
+    assert torch.allclose(slope, 4 * total * x)
+    with pytest.raises(RuntimeError, match="once_differentiable"):  # and not half of it, without a word
+        slope.sum().backward()
 
 
 def test_interrupted_and_resumed_is_bit_identical(

@@ -1,20 +1,61 @@
-"""Cross-entropy on the supervised positions only, through the model's own head module, in checkpointed chunks.
+"""Cross-entropy on the supervised positions only, through the model's own head module, chunk by chunk.
 
     hidden [B, T, H] → rows that predict a label [N, H] → head(rows) [N, V] → Σ −log p(label)
 
 Full logits of all positions are the largest tensor of a training step, and those of prompts and padding are thrown
-away. The head is called as a module, so that adapters and hooks on it work. Models whose logits are not simply
-head(hidden) (soft caps, scales) are found by a probe and computed through the model's own forward.
+away. A loss is a number, so its gradient is that of its chunks times what comes from above: each chunk makes its own while
+its logits are there, [N, H] of them are kept, and the head is not computed a second time, as checkpointing would. The head
+is called as a module, so that adapters and hooks on it work. Models whose logits are not simply head(hidden) (soft caps,
+scales) are found by a probe and computed through the model's own forward.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-CHUNK_VALUES = 1 << 24  # logits held at once: 64 MB in fp32
+CHUNK_VALUES = 1 << 22  # logits held at once: 16 MB in fp32; on a CPU more is slower
+
+
+class Summed(Function):
+    """Σ over chunks of part(rows, targets): rows [N, H], targets [N], and what part trains, `parameters`."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        part: Callable[[Tensor, Tensor], Tensor],
+        size: int,
+        hidden: Tensor,
+        wanted: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        total, slopes = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+        ours: list[Tensor | None] = [None] * len(parameters)
+        for rows, targets, slope in zip(hidden.split(size), wanted.split(size), slopes.split(size), strict=True):
+            with torch.enable_grad():
+                rows = rows.detach().requires_grad_()
+                loss = part(rows, targets)
+            first, *rest = torch.autograd.grad(loss, (rows, *parameters), allow_unused=True)
+            slope.copy_(first)
+            ours = [
+                old if new is None else new if old is None else old.add_(new)
+                for old, new in zip(ours, rest, strict=True)
+            ]
+            total += loss.detach()
+        ctx.save_for_backward(slopes, *ours)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        slopes, *ours = ctx.saved_tensors
+        scaled = (None if slope is None else (grads[0] * slope).to(slope.dtype) for slope in (slopes, *ours))
+        first, *rest = scaled
+        return None, None, first, None, *rest
 
 
 class SFTLoss:
@@ -49,13 +90,15 @@ class SFTLoss:
             logits = self.model(**inputs, use_cache=False).logits[:, :-1]
             return F.cross_entropy(logits[chosen].float(), wanted, reduction="sum"), count
         hidden = self.body(**inputs, use_cache=False)[0][:, :-1][chosen]  # [N, H]
-        size = max(64, CHUNK_VALUES // self.head.weight.shape[0])
+        values = CHUNK_VALUES if hidden.device.type == "cpu" else 4 * CHUNK_VALUES
+        size = max(64, values // self.head.weight.shape[0])
         if len(wanted) <= size:
             return self._sum(hidden, wanted), count
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for rows, targets in zip(hidden.split(size), wanted.split(size), strict=True):
-            total = total + checkpoint(self._sum, rows, targets, use_reentrant=False)
-        return total, count
+        if not torch.is_grad_enabled():
+            parts = zip(hidden.split(size), wanted.split(size), strict=True)
+            return torch.stack([self._sum(rows, targets) for rows, targets in parts]).sum(), count
+        trained = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
+        return Summed.apply(self._sum, size, hidden, wanted, *trained), count
 
     def _sum(self, hidden: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(self.head(hidden).float(), wanted, reduction="sum")
