@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import deltaw
-from deltaw.kernels.dropout import dropped, kept, new_seed
+from deltaw.kernels.dropout import kept, mask, new_seed
 from deltaw.kernels.glu import ACTIVATIONS, glu_down
 from deltaw.kernels.lora import lora_add, lora_linear
 
@@ -39,8 +39,8 @@ def seeded(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def explicit(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor | None, p: float) -> Tensor:
     """The formula with the mask as a tensor."""
     torch.manual_seed(7)
-    mask = dropped(torch.ones_like(x), new_seed(), p) / kept(p) if p else 1.0
-    z = F.linear(x, w) + S * F.linear(F.linear(mask * x, a), b)
+    ones = mask(x, new_seed(), p) / kept(p) if p else 1.0
+    z = F.linear(x, w) + S * F.linear(F.linear(ones * x, a), b)
     y = z if gain is None else gain * z
     return y if bias is None else y + bias
 
@@ -77,9 +77,9 @@ def test_the_change_added_to_something_else(p: float) -> None:
 def test_a_dropout_mask_has_its_share_and_its_seed() -> None:
     x, seed = torch.ones(1000, 997, dtype=torch.bfloat16), torch.tensor(3)
     for p in (0.05, 0.5):
-        y = dropped(x, seed, p)
+        y = mask(x, seed, p)
         assert abs(float(y.float().mean()) - kept(p)) < 3e-3 and abs(kept(p) - (1 - p)) < 1e-5
-        assert torch.equal(y, dropped(x, seed, p)) and not torch.equal(y, dropped(x, seed + 1, p))
+        assert torch.equal(y, mask(x, seed, p)) and not torch.equal(y, mask(x, seed + 1, p))
         columns = y.float().mean(0)  # no stripes
         assert float((columns - columns.mean()).abs().max()) < 5 * (p * (1 - p) / 1000) ** 0.5
 

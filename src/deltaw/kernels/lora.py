@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from deltaw.kernels.dropout import dropped, kept, new_seed
+from deltaw.kernels.dropout import kept, mask, new_seed
 
 Change = tuple[Tensor, Tensor, float | Tensor, Tensor | None, float]
 """a [r, in], b [out, r], scale (a number or a 0-dim tensor), gain [out] or None, share of D(x) that is dropped."""
@@ -29,7 +29,7 @@ def forward(
     scale: float | Tensor, p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, and to keep: h, and z (empty without a gain)."""
-    y, h = F.linear(x, weight, bias), F.linear(x if seed is None else dropped(x, seed, p), a.to(x.dtype))
+    y, h = F.linear(x, weight, bias), F.linear(x if seed is None else x * mask(x, seed, p), a.to(x.dtype))
     y.flatten(0, -2).addmm_(h.flatten(0, -2), _up(b, scale, p, x.dtype).T)
     if gain is None:
         return y, h, y.new_empty(0)
@@ -43,7 +43,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Of g [T, out] and x [T, in]: dx (in the weight's layout, [T, in]), da, db, dgain; wanted: dx, da, db."""
     down, up, dgain = a.to(x.dtype), _up(b, scale, p, x.dtype), None
-    inner = x if seed is None else dropped(x, seed, p)
+    ones = None if seed is None else mask(x, seed, p)
+    inner = x if ones is None else x * ones
     if torch.is_grad_enabled():  # the backward pass is itself differentiated: what was kept has no history
         h = inner @ down.T
         z = z if gain is None else x @ weight.T + h @ up.T
@@ -53,7 +54,7 @@ def backward(
     q = g @ up  # [T, r]
     dx = g @ weight if wanted[0] else None
     if dx is not None:
-        dx = dx.addmm_(q, down) if seed is None else dx.add_(dropped(q @ down, seed, p))
+        dx = dx.addmm_(q, down) if ones is None else dx.addcmul_(q @ down, ones)
     da = (q.T @ inner).to(a.dtype) if wanted[1] else None
     db = scale / kept(p) * (g.T @ h).to(b.dtype) if wanted[2] else None
     return dx, da, db, dgain
@@ -134,7 +135,7 @@ class Down(Function):
 
     @staticmethod
     def forward(x: Tensor, a: Tensor, seed: Tensor, p: float) -> Tensor:  # type: ignore[override]
-        return F.linear(dropped(x, seed, p), a.to(x.dtype))
+        return F.linear(x * mask(x, seed, p), a.to(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -144,7 +145,7 @@ class Down(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, a, seed = ctx.saved_tensors
-        q = grads[0]
-        dx = dropped(q @ a.to(x.dtype), seed, ctx.p) if ctx.needs_input_grad[0] else None
-        da = q.flatten(0, -2).T @ dropped(x, seed, ctx.p).flatten(0, -2) if ctx.needs_input_grad[1] else None
+        q, ones = grads[0], mask(x, seed, ctx.p)
+        dx = (q @ a.to(x.dtype)) * ones if ctx.needs_input_grad[0] else None
+        da = q.flatten(0, -2).T @ (x * ones).flatten(0, -2) if ctx.needs_input_grad[1] else None
         return dx, None if da is None else da.to(a.dtype), None, None
