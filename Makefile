@@ -16,7 +16,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks
+	$(PIP) --editable '.[bench]'
+	for name in step lifecycle loss; do $(BIN)/python -m benchmarks $$name || exit 1; done
+	$(BIN)/python -m benchmarks step --dropout 0.05
+	$(BIN)/python scripts/make_docs.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

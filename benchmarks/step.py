@@ -16,6 +16,7 @@ of its own during two steps, above what it was with the model loaded.
 
 import copy
 import gc
+import json
 import statistics
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def build(side: str, model: nn.Module, dropout: float) -> Side:
         method = deltaw.DoRA if side == "dora" else deltaw.LoRA
         deltaw.attach(model, method(rank=RANK, alpha=ALPHA, dropout=dropout), targets="all-linear")
         if side != "plain":
-            FUSED.append(deltaw.fused(model))  # until the benchmark ends
+            FUSED.append(deltaw.fused(model))  # until the process ends
             assert FUSED[-1].__enter__() == LAYERS
     else:
         config = peft.LoraConfig(
@@ -130,9 +131,8 @@ def losses(side: Side, ids: Sequence[Tensor]) -> list[float]:
     return found
 
 
-def compare(
-    model: nn.Module, sides: Sequence[str], rows: int, length: int, rounds: int, dropout: float
-) -> dict[str, Any]:
+def compare(dtype: str, sides: Sequence[str], rows: int, length: int, rounds: int, dropout: float) -> dict[str, Any]:
+    model = base(DTYPES[dtype])
     batches = list(torch.randint(0, 12288, (5, rows, length), generator=torch.Generator().manual_seed(0)))
     built = {side: build(side, model, dropout) for side in sides}
     for side, twin in (("peft", "ours"), ("peft_cast", "ours"), ("peft_dora", "dora")):
@@ -142,9 +142,9 @@ def compare(
     for ours, theirs in PAIRS if not dropout else ():
         if {ours, theirs} <= set(sides):
             pair = [losses(built[side], batches) for side in (ours, theirs)]
-            apart = max(abs(a - b) for a, b in zip(*pair, strict=True))
-            assert apart < (2e-2 if model.dtype == torch.bfloat16 else 1e-4), (ours, pair)
-            result.setdefault("loss_difference", {})[f"{ours}, {theirs}"] = apart
+            off = max(abs(a - b) for a, b in zip(*pair, strict=True))
+            assert off < (2e-2 if model.dtype == torch.bfloat16 else 1e-4), (ours, pair)
+            result.setdefault("loss_difference", {})[f"{ours}, {theirs}"] = off
     times: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds + 1):
         for side in sides if number % 2 else sides[::-1]:
@@ -168,14 +168,13 @@ def peak(side: str, dtype: str, rows: int, length: int, dropout: float) -> int:
     return size[0]
 
 
-def peaks(sides: Sequence[str], *given: Any) -> dict[str, float]:
-    """MB of every side, each in a process of its own."""
-    found = {}
-    for side in sides:
-        call = f"from benchmarks.step import peak; print(peak({side!r}, {', '.join(map(repr, given))}))"
-        done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True)
-        found[side] = round(int(done.stdout.split()[-1]) / 1e6, 1)
-    return found
+def apart(function: str, *given: Any) -> Any:
+    """A function of this file in a process of its own, which leaves no memory to the next; its result as JSON."""
+    call = (
+        f"import json; from benchmarks import step; print(json.dumps(step.{function}({', '.join(map(repr, given))})))"
+    )
+    done = subprocess.run([sys.executable, "-c", call], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(arguments: list[str]) -> None:
@@ -190,15 +189,14 @@ def main(arguments: list[str]) -> None:
     args = options.parse_args(arguments)
     found: dict[str, Any] = {"threads": torch.get_num_threads(), "rounds": args.rounds, "dropout": args.dropout}
     write: Callable[[str, dict[str, Any]], None] = (lambda _, result: print(result)) if args.dry else keep
+    sides = args.sides.split(",")
     for dtype in args.dtypes.split(","):
-        model = base(DTYPES[dtype])
         for shape in args.shapes.split(","):
             rows, length = map(int, shape.split("x"))
-            found[f"{dtype} {shape}"] = compare(model, args.sides.split(","), rows, length, args.rounds, args.dropout)
+            one = apart("compare", dtype, sides, rows, length, args.rounds, args.dropout)
             if args.memory:
-                given = (dtype, rows, length, args.dropout)
-                found[f"{dtype} {shape}"]["peak_megabytes"] = peaks(args.sides.split(","), *given)
-            print(dtype, shape, found[f"{dtype} {shape}"], flush=True)
+                peaks = {side: apart("peak", side, dtype, rows, length, args.dropout) for side in sides}
+                one["peak_megabytes"] = {side: round(size / 1e6, 1) for side, size in peaks.items()}
+            found[f"{dtype} {shape}"] = one
+            print(dtype, shape, one, flush=True)
     write("step_dropout" if args.dropout else "step", found)
-    for one in FUSED:
-        one.__exit__(None, None, None)

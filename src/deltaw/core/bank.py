@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deltaw.core.adapter import Call, WeightAdapter
 from deltaw.core.carried import Carried
+from deltaw.core.host import WeightHost
 
 SKEW = 4
 """Most that filling up ranks or rows to the largest may cost, as a multiple of what is there."""
@@ -36,31 +37,11 @@ class Plan(NamedTuple):
     """Are the rows the batch as it is, so that nothing is gathered?"""
 
 
-def bank_rows(y: Tensor, x: Tensor, a: Tensor, bt: Tensor, plan: Plan) -> Tensor:
-    """The changes of x [B, …, in] are added to y [B, …, out], in place: it is the layer's own output."""
-    mine = (x if plan.ordered else x[plan.rows]).reshape(len(plan.rows), -1, x.shape[-1])  # [K, n · T, in]
-    # the smaller side is cast: few rows, or the factors
-    if mine.shape[1] <= a.shape[1] and x.dtype.itemsize < a.dtype.itemsize:
-        mine = mine.to(a.dtype)
-    else:
-        a, bt = a.to(x.dtype), bt.to(x.dtype)
-    h = torch.bmm(mine, a.mT)  # [K, n · T, r]
-    if plan.weight is None:
-        h = (h.view(*plan.rows.shape, -1) * plan.weights[..., None]).to(bt.dtype).view(h.shape)
-    out, weight = torch.bmm(h, bt), 1.0 if plan.weight is None else plan.weight
-    if plan.ordered:  # every place is a row
-        return y.add_(out.view(y.shape).to(y.dtype), alpha=weight)
-    out = out.view(*plan.rows.shape, *y.shape[1:])
-    if plan.weight is None:  # places that are filled up add nothing, and not 0 · NaN
-        out = torch.where(plan.weights.view(*plan.rows.shape, *[1] * (y.ndim - 1)) != 0, out, 0.0)
-    return y.index_add_(0, plan.rows.flatten(), out.flatten(0, 1).to(y.dtype), alpha=weight)
-
-
 class Bank:
-    """The factors of all adapters of one module side by side."""
+    """The factors of all adapters of one module side by side; `host` is what computes with them."""
 
-    def __init__(self, adapters: Sequence[Any]):
-        self.adapters = tuple(adapters)
+    def __init__(self, adapters: Sequence[Any], host: Any):
+        self.adapters, self.host = tuple(adapters), host
         ranks = [len(adapter.factors().a) for adapter in adapters]
         a, b, _ = adapters[0].factors()
         self.a = a.new_zeros(len(adapters), max(ranks), a.shape[1])
@@ -95,7 +76,8 @@ class Bank:
         if drops or x.shape[0] != plan.batch or x.ndim == 1 or self._places() != self.places:
             return None
         a, bt = (self.a, self.bt) if plan.acting is None else (self.a[plan.acting], self.bt[plan.acting])
-        return bank_rows(call(*args, **kwargs), x, a, bt, plan)
+        y = call(*args, **kwargs)
+        return self.host.grouped(y, x, a, bt, plan.rows, plan.weights, plan.weight, plan.ordered)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -127,12 +109,14 @@ class Batch(NamedTuple):
 def settle(there: Carried, live: tuple[Any, ...], plans: dict[Any, Plan | None]) -> Batch | None:
     """The module's batch for these entries; its bank is made anew where its adapters are others, none where it does not fit."""
     adapters = [adapter for group in there.entries.values() for adapter, _, _ in group]
+    host = live[0][1] if live else None
     if not live or len(adapters) < 2:
         return None
     if there.bank is None or not there.bank.holds(adapters):
         there.bank = None
-        if all(isinstance(adapter, WeightAdapter) and adapter.movable for adapter in adapters):
+        able = isinstance(host, WeightHost) and host.grouped is not None
+        if able and all(isinstance(adapter, WeightAdapter) and adapter.movable for adapter in adapters):
             ranks = [len(adapter.factors().a) for adapter in adapters]
-            there.bank = Bank(adapters) if max(ranks) * len(ranks) <= SKEW * sum(ranks) else None
+            there.bank = Bank(adapters, host) if max(ranks) * len(ranks) <= SKEW * sum(ranks) else None
     plan = None if there.bank is None else there.bank.plan(live, plans)
     return None if plan is None else Batch(live, there.bank, plan)

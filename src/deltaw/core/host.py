@@ -195,6 +195,8 @@ class WeightHost(Host):
         """op(x, b @ a) without forming b @ a. a: [r, in, *kernel], b: [out, r, *ones]."""
         raise NotImplementedError
 
+    grouped: ClassVar[Callable[..., Tensor] | None] = None  # `kernels.grouped`, of layers on vectors
+
     def act(
         self, x: Tensor, dense: Callable[[], Tensor], vectors: Map | None = None, columns: Map | None = None
     ) -> Tensor:
@@ -247,8 +249,7 @@ class ParameterHost(Host):
         return None
 
 
-def wide(weight: Tensor) -> Tensor:
-    """In fp32, or in fp64 where it is that."""
+def wide(weight: Tensor) -> Tensor:  # in fp32, or in fp64 where it is that
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 

@@ -25,12 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.core.host import HostSpec, Map, WeightHost, register
+from deltaw.kernels.grouped import grouped
 
 
 class QuantizedHost(WeightHost):
     """What both kinds have in common. Codes and scales are together a form: what `encode` gives and `decode` takes."""
 
     module: Any
+    grouped = staticmethod(grouped)
 
     @property
     def spec(self) -> HostSpec:

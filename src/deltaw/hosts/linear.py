@@ -14,12 +14,14 @@ from deltaw.core.adapter import WeightAdapter
 from deltaw.core.carried import base_class_of, carried
 from deltaw.core.host import HostSpec, Map, WeightHost, register
 from deltaw.core.rows import PerRow
+from deltaw.kernels.grouped import grouped
 from deltaw.kernels.lora import lora_add, lora_linear
 
 
 @register(nn.Linear)
 class LinearHost(WeightHost):
     module: Any
+    grouped = staticmethod(grouped)
 
     def __init__(self, module: nn.Module, slot: str):
         super().__init__(module, slot)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from deltaw.kernels import twins
 from deltaw.kernels.dropout import new_seed
 from deltaw.kernels.lora import Change, backward, forward
 
@@ -42,6 +43,18 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }
 
 
+def _twin(x: Tensor, kind: str) -> bool:
+    """Do `kernels.twins` make the products here?"""
+    act = ACTIVATIONS[kind]
+
+    def pair() -> tuple[list[Tensor], list[Tensor]]:
+        g, gate, up = (twins.sample((3, 41), phase, x) for phase in range(3))
+        ours = [twins.product(gate, up, kind), *twins.product_back(g, gate, up, kind)]
+        return ours, [act.forward(gate) * up, act.backward(g * up, gate), g * act.forward(gate)]
+
+    return twins.usable(x) and twins.trusted(("product", kind, x.device, x.dtype), pair)
+
+
 class GLUDown(Function):
     generate_vmap_rule = True
 
@@ -50,7 +63,7 @@ class GLUDown(Function):
         gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None,
         gain: Tensor | None, seed: Tensor | None, scale: float | Tensor, share: float, kind: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        p = ACTIVATIONS[kind].forward(gate).mul_(up)
+        p = twins.product(gate, up, kind) if _twin(gate, kind) else ACTIVATIONS[kind].forward(gate).mul_(up)
         if a is None or b is None:
             y = F.linear(p, weight, bias)
             return y, y.new_empty(0), y.new_empty(0)
@@ -66,15 +79,20 @@ class GLUDown(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         gate, up, weight, a, b, gain, seed, h, z = ctx.saved_tensors
         act, g, da, db, dgain = ACTIVATIONS[ctx.kind], grads[0].flatten(0, -2), None, None, None
-        opened = act.forward(gate)
+        fast = not torch.is_grad_enabled() and _twin(gate, ctx.kind)
+        opened = None if fast else act.forward(gate)
         if a is None:
             dp: Any = g @ weight  # [T, inner]
         else:
-            p = (opened * up).flatten(0, -2)
+            p = (twins.product(gate, up, ctx.kind) if opened is None else opened * up).flatten(0, -2)
             h, z = h.flatten(0, -2), z if gain is None else z.flatten(0, -2)
             dp, da, db, dgain = backward(g, p, weight, a, b, gain, seed, ctx.scale, ctx.share, h, z)
         dp = dp.view_as(gate)
-        return act.backward(dp * up, gate), dp * opened, None, None, da, db, dgain, None, None, None, None
+        if opened is None:
+            dgate, dup = twins.product_back(dp, gate, up, ctx.kind)
+        else:
+            dgate, dup = act.backward(dp * up, gate), dp * opened
+        return dgate, dup, None, None, da, db, dgain, None, None, None, None
 
 
 def glu_down(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, change: Change | None, kind: str) -> Tensor:

@@ -1,0 +1,89 @@
+"""Run by test_twins in a process of its own, with TRITON_INTERPRET=1: the kernels beside their plain twins, on the CPU."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+import deltaw
+from deltaw.kernels import glu, twins
+from deltaw.kernels.grouped import grouped
+
+
+def products(dtype: torch.dtype, kind: str) -> None:
+    act = glu.ACTIVATIONS[kind]
+    g, gate, up = (torch.randn(7, 301, dtype=dtype) * 3 for _ in range(3))
+    near = {"rtol": 1e-5, "atol": 5e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(twins.product(gate, up, kind), act.forward(gate) * up, **near)
+    wide = [t.float() for t in (g, gate, up)]
+    expected = act.backward(wide[0] * wide[2], wide[1]), wide[0] * act.forward(wide[1])
+    for ours, plain in zip(twins.product_back(g, gate, up, kind), expected, strict=True):
+        torch.testing.assert_close(ours, plain.to(dtype), **near)
+
+
+def groups(dtype: torch.dtype, count: int, n: int, steps: int, ranks: int, inputs: int, outputs: int) -> None:
+    x, y = torch.randn(count * n, steps, inputs).to(dtype), torch.randn(count * n, steps, outputs).to(dtype)
+    a, bt, weights = torch.randn(count, ranks, inputs), torch.randn(count, ranks, outputs), torch.randn(count, n)
+    rows = torch.arange(count * n).view(count, n)
+    twins.ON = lambda x: False
+    plain = grouped(y.clone(), x, a, bt, rows, weights, None, True)
+    twins.ON = lambda x: True
+    ours = grouped(y.clone(), x, a, bt, rows, weights, None, True)
+    assert twins._TRUST[("grouped", x.device, dtype)]
+    scale = math.sqrt(inputs * ranks)
+    near = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(ours / scale, plain / scale, rtol=near, atol=near)
+
+
+def whole_layer() -> None:
+    """The gated product with a LoRA, forward and backward, as training calls it."""
+    gate, up = (torch.randn(3, 5, 24, requires_grad=True) for _ in range(2))
+    a, b, w = torch.randn(2, 24, requires_grad=True), torch.randn(9, 2, requires_grad=True), torch.randn(9, 24)
+    found = []
+    for on in (True, False):
+        twins.ON = lambda x, on=on: on
+        y = glu.glu_down(gate, up, w, None, (a, b, 1.5, None, 0.0), "silu")
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), (gate, up, a, b))])
+    assert twins._TRUST[("product", "silu", gate.device, gate.dtype)]
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+def served() -> None:
+    """Rows of a batch with adapters of their own."""
+    model, x = torch.nn.Sequential(torch.nn.Linear(6, 5)), torch.randn(2, 1, 6)
+    for name in ("a", "b"):
+        deltaw.attach(model, deltaw.LoRA(rank=3), targets="0", name=name)
+        torch.nn.init.normal_(model[0].adapters[name]["weight"].lora_B)
+    model.requires_grad_(False)
+    found = []
+    for on in (True, False):
+        twins.ON = lambda x, on=on: on
+        with torch.no_grad(), deltaw.use(model, ["a", {"b": 0.5}]):
+            found.append(model(x))
+    torch.testing.assert_close(*found)
+
+
+def distrusted() -> None:
+    """A kernel that gives something else is not used, and that is said."""
+    twins.ON, twins._TRUST = lambda x: True, {}
+    right, twins.product = twins.product, lambda gate, up, kind: gate
+    gate, up, w = torch.randn(2, 8), torch.randn(2, 8), torch.randn(3, 8)
+    try:
+        torch.testing.assert_close(glu.glu_down(gate, up, w, None, None, "silu"), F.linear(F.silu(gate) * up, w))
+    finally:
+        twins.product = right
+    assert {("product", "silu", gate.device, gate.dtype): False} == twins._TRUST
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in glu.ACTIVATIONS:
+            products(dtype, kind)
+        for sizes in ((1, 1, 1, 4, 16, 16), (3, 2, 1, 5, 130, 257), (2, 1, 4, 8, 64, 96)):
+            groups(dtype, *sizes)
+    whole_layer()
+    served()
+    distrusted()
+    print("all kernels are their twins")
