@@ -197,8 +197,25 @@ def costs_page() -> str:
             "peak MB",
         ]
         page += grid(head, [row for key, cell in cells.items() for row in step_rows(key, cell)])
+    page += losses(results("loss"))
     found = results("lifecycle")
     return page if found is None else page + lifecycle(found)
+
+
+def losses(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    named = {"ours": "deltaw", "stock": "stock: all positions", "trl": "TRL", "body": "no head and no loss"}
+    rows = [
+        [f"{int(size):,}", named[side], f"{seconds:.3f}", f"{one['seconds']['ours'] / seconds:.3f}", f"{one['peak_megabytes'][side]:.0f}"]
+        for size, one in found["vocabularies"].items()
+        for side, seconds in one["seconds"].items()
+    ]  # fmt: skip
+    text = (
+        f"\n## The loss\n\n`python -m benchmarks loss`: two layers, hidden 512, bf16, 4 rows of 256 tokens, the last quarter supervised; "
+        f"{found['threads']} threads, medians of {found['rounds']} rounds; peak of memory above the loaded model.\n\n"
+    )
+    return text + grid(["vocabulary", "loss", "seconds", "deltaw ÷ this", "peak MB"], rows)
 
 
 def step_rows(key: str, cell: dict[str, Any]) -> list[list[str]]:

@@ -1,6 +1,8 @@
 """A route for every row of a batch: what the contract suite does not ask."""
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -8,11 +10,12 @@ import torch
 from torch import nn
 
 import deltaw
-from deltaw.core.attach import attach, detach, insert
+from deltaw.core.attach import attach, detach, insert, trainable
 from deltaw.core.carried import here
-from deltaw.core.errors import UseError
+from deltaw.core.errors import FileError, UseError
 from deltaw.core.merge import merge
 from deltaw.core.route import live, use
+from deltaw.hosts.linear import LinearHost
 from deltaw.methods.full import Full
 from deltaw.methods.lora import LoRA
 
@@ -245,3 +248,63 @@ def test_a_route_that_comes_again_is_as_it_was_and_sees_what_changed() -> None:
     with pytest.raises(UseError, match="no adapter 'a0'"):
         use(model, routes)
     assert not here(copy.deepcopy(model)[1]).routed
+
+
+def test_rows_in_inference_mode_leave_parameters_that_train() -> None:
+    model, x = served(2, 2), torch.randn(2, 3, 6)
+    with torch.inference_mode(), use(model, ["a0", "a1"]):
+        y = model(x)
+    trainable(model, "a0")
+    use(model, "a0")
+    model(x)[0].sum().backward()
+    assert model[0].adapters["a0"]["weight"].lora_B.grad is not None
+    torch.testing.assert_close(y[0], model(x)[0])
+
+
+@torch.no_grad()
+def test_what_was_detached_is_kept_by_nobody() -> None:
+    model, x = served(2, 2), torch.randn(2, 3, 6)
+    with use(model, ["a0", "a1"]):
+        model(x)
+    gone = weakref.ref(model[0].adapters["a1"]["weight"]), weakref.ref(here(model[0]).bank)
+    detach(model, "a1")
+    gc.collect()
+    assert [one() for one in gone] == [None, None] and not here(model[0]).routed
+
+
+class Remembers(nn.Linear):
+    """Gives the tensor that it keeps."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = super().forward(x)
+        return self.last
+
+
+class Doubles(LinearHost):
+    """A host of another package, whose rows are not those of nn.Linear."""
+
+    def low_rank(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return 2 * super().low_rank(x, a, b)
+
+
+@torch.no_grad()
+def test_a_bank_writes_into_no_tensor_of_the_layer_and_speaks_for_no_other_host() -> None:
+    model, x = nn.Sequential(Remembers(6, 5)), torch.randn(2, 3, 6)
+    for name in ("a", "b"):
+        attach(model, LoRA(rank=2), targets="0", name=name)
+        stir(model)
+    model.requires_grad_(False)
+    with use(model, {}):
+        base = model(x)
+    with use(model, ["a", "b"]):
+        y = model(x)
+        assert here(model[0]).batch is not None and torch.equal(model[0].last, base) and not torch.allclose(y, base)
+    assert LinearHost.grouped is not None and Doubles.grouped is None
+
+
+def test_one_module_under_two_names_takes_an_adapter_once() -> None:
+    apart = nn.ModuleDict({"enc": nn.Linear(6, 5), "dec": nn.Linear(6, 5)})
+    attach(apart, LoRA(rank=2), targets=["enc", "dec"])
+    shared = nn.Linear(6, 5)
+    with pytest.raises(FileError, match="it is the same module as enc"):
+        insert(nn.ModuleDict({"enc": shared, "dec": shared}), deltaw.extract(apart))

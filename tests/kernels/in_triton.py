@@ -76,6 +76,24 @@ def distrusted() -> None:
     assert {("product", "silu", gate.device, gate.dtype): False} == twins._TRUST
 
 
+def failing() -> None:
+    """An error without a word, a dtype they do not compute in, an output that is not contiguous."""
+    twins._TRUST = {}
+
+    def pair() -> None:
+        raise AssertionError
+
+    assert not twins.trusted("nothing", pair) and not twins.usable(torch.zeros(1, dtype=torch.float64))
+    x, a, bt = torch.randn(2, 1, 6), torch.randn(2, 3, 6), torch.randn(2, 3, 5)
+    rows, weights = torch.arange(2).view(2, 1), torch.ones(2, 1)
+    y = torch.zeros(2, 5, 1).mT
+    strided, plain = torch.zeros(5, 1, 2).permute(2, 1, 0), y.contiguous()
+    twins.ON = lambda x: True
+    grouped(strided, x, a, bt, rows, weights, 1.0, True)
+    twins.ON = lambda x: False
+    torch.testing.assert_close(strided, grouped(plain, x, a, bt, rows, weights, 1.0, True), rtol=1e-4, atol=1e-4)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
@@ -86,4 +104,5 @@ if __name__ == "__main__":
     whole_layer()
     served()
     distrusted()
+    failing()
     print("all kernels are their twins")

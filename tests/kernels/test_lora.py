@@ -1,5 +1,6 @@
 """The fused linear layer and the gated product: values, gradients of two orders, and what is kept, beside plain formulas."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ import deltaw
 from deltaw.kernels.dropout import kept, mask, new_seed
 from deltaw.kernels.glu import ACTIVATIONS, glu_down
 from deltaw.kernels.lora import lora_add, lora_linear
+from deltaw.methods.lora import LoRAAdapter
 
 OUT, IN, R, S = 4, 7, 2, 1.7
 
@@ -232,3 +234,47 @@ def test_few_rows_are_computed_in_the_factors_own_dtype(rows: int) -> None:
         torch.testing.assert_close(model(x), model(many)[:rows], rtol=0.02, atol=0.1)
         with deltaw.use(model, [{"default": 1.0}, *[{}] * (rows - 1)]):
             torch.testing.assert_close(model(x)[0], model(many[:rows])[0])
+
+
+def test_dora_s_magnitude_is_exact_beside_a_large_bias_in_bf16() -> None:
+    """z is not (z + bias) − bias there: the two products are made."""
+    torch.manual_seed(0)
+    layer, x, g = nn.Linear(32, 24).bfloat16(), torch.randn(512, 32).bfloat16(), torch.randn(512, 24).bfloat16()
+    layer.bias.data.normal_(std=300.0)
+    slopes = []
+    for dtype in (torch.bfloat16, torch.float64):
+        model = nn.Sequential(copy.deepcopy(layer).to(dtype))
+        torch.manual_seed(1)
+        deltaw.attach(model, deltaw.DoRA(rank=2), targets="0")
+        before = model(x.to(dtype))
+        with deltaw.use(model, {}):
+            assert torch.equal(model(x.to(dtype)), before)  # the bits of the base at the start
+        before.backward(g.to(dtype))
+        slopes.append(model[0].adapters["default"]["weight"].magnitude.grad.double())
+    assert float((slopes[0] - slopes[1]).norm() / slopes[1].norm()) < 2e-2
+
+
+def test_nearly_everything_dropped() -> None:
+    x, a, b, w, bias = tensors(torch.float32)
+    assert torch.isfinite(lora_linear(x, w, bias, (a, b, S, None, 0.999995))).all() and kept(0.999995) > 0
+
+
+def test_own_dropout_and_further_arguments_are_not_passed_over() -> None:
+    class Own(LoRAAdapter):
+        thin = True
+        calls = 0
+
+        def dropped(self, x: Tensor) -> Tensor:
+            Own.calls += 1
+            return super().dropped(x)
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return scale * super().forward(x)
+
+    model, x = nn.Sequential(Scaled(12, 9)), torch.randn(4, 12)
+    deltaw.attach(model, deltaw.LoRA(rank=3), targets="0")
+    torch.testing.assert_close(model[0](x, scale=3.0), 3.0 * F.linear(x, model[0].weight, model[0].bias))
+    model[0].adapters["default"]["weight"].__class__ = Own
+    model(x)
+    assert Own.calls == 1

@@ -69,3 +69,13 @@ def test_faults_are_said() -> None:
         svd(mine, WEIGHTS, 0)
     with pytest.raises(UseError, match="3 states and 2 weights"):
         svd(mine, WEIGHTS[:2], 4)
+
+
+def test_a_part_of_no_weight_leaves_no_rank() -> None:
+    mine = states(nn.Sequential(nn.Linear(24, 17)))
+    cut, report = svd(mine, (1.0, 0.0, 0.0), 4)
+    (site,) = cut.methods
+    assert cut.methods[site].rank == 4 and report.error < 1e-6  # type: ignore[attr-defined]
+    torch.testing.assert_close(
+        delta(cut, site, torch.zeros(17, 24)), delta(mine[0], site, torch.zeros(17, 24)), rtol=1e-4, atol=1e-5
+    )

@@ -159,6 +159,43 @@ def test_chunked_loss_is_the_same(rows: Path, monkeypatch: pytest.MonkeyPatch) -
         slope.sum().backward()
 
 
+class Heads(torch.nn.Module):
+    """Two biases whose gradients are one tensor, and one that is expanded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(50, 8))
+        self.one, self.two, self.all = (torch.nn.Parameter(torch.zeros(n)) for n in (50, 50, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.one + self.two + self.all.sum()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_every_gradient_of_the_head_is_that_of_one_chunk(hooked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    base = load_base("tiny")
+    loss, head = SFTLoss(base.model), Heads()
+    loss.head = head
+    factor = torch.nn.Parameter(torch.ones(8))
+    if hooked:
+        head.register_forward_pre_hook(lambda _, args: (args[0] * factor,))
+    monkeypatch.setattr(loss, "body", lambda **_: (hidden,))
+    hidden = torch.randn(2, 301, 8, requires_grad=True)
+    batch = {"input_ids": torch.zeros(2, 301), "labels": torch.randint(0, 50, (2, 301))}
+    wanted = (hidden, *head.parameters(), *((factor,) if hooked else ()))
+    found = []
+    for values in (1 << 22, 64 * 50):
+        monkeypatch.setattr("deltaw.infer.loss.CHUNK_VALUES", values)
+        found.append(torch.autograd.grad(loss(batch)[0] / 600, wanted))
+    for whole, chunked in zip(*found, strict=True):
+        torch.testing.assert_close(whole, chunked, rtol=1e-4, atol=1e-5)
+    half, slope = hidden[0].detach().bfloat16().requires_grad_(), torch.randn(301, 8)
+    total = Summed.apply(lambda rows, _: (rows.float() * slope).sum(), 301, half, torch.zeros(301))
+    norm = torch.autograd.grad(total / 1234, half)[0].float().norm()
+    assert float(norm) == pytest.approx(float(slope.norm()) / 1234, rel=5e-4)  # 1/1234 is not rounded to bf16
+
+
 def test_interrupted_and_resumed_is_bit_identical(
     finished: training.Run, rows: Path, tmp_path: Path, monkeypatch
 ) -> None:

@@ -123,7 +123,7 @@ class WeightAdapter(Adapter):
         alone: the host makes x Wᵀ at the same time. Otherwise that is done, and it can only add to it: no gain.
         """
         found = self.factors() if self.thin else None
-        if found is None:
+        if found is None or type(self).dropped is not WeightAdapter.dropped:
             return None
         scale = found.scale if strength is None else found.scale * strength
         return Change(found.a, found.b, scale, None, self.dropout if self.drops else 0.0)
@@ -140,7 +140,7 @@ class WeightAdapter(Adapter):
         return (strength * wide(change)).to(change.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
-        """Dropout on the branch's input, in training; ids have none."""
+        """Dropout on the branch's input, in training; ids have none. Thin ones have it from the host, unless they override this."""
         return F.dropout(x, self.dropout) if self.drops and x.is_floating_point() else x
 
     @property

@@ -175,12 +175,15 @@ def insert(model: nn.Module, state: AdapterState, *, name: str = "default") -> N
 def fit(model: nn.Module, state: AdapterState) -> dict[Site, str]:
     """Why which sites of a state cannot be put into `model`: paths, kinds of layer, names, shapes and values."""
     found: dict[Site, str] = {}
-    modules, shapes = by_path(model), Shapes()
+    modules, shapes, taken = by_path(model), Shapes(), dict[tuple[int, str], Site]()
     for site, method in state.methods.items():
         module = modules.get(site.path)
         host = None if module is None else host_of(module, site.slot, method.host)
+        first = taken.setdefault((id(module), site.slot), site)
         if module is None:
             found[site] = f"the model has no such module{did_you_mean(site.path, modules)}"
+        elif first != site:
+            found[site] = f"it is the same module as {first}: the model has one place for the two"
         elif any(p.device.type == "meta" for p in module._parameters.values() if p is not None):
             found[site] = "the base's weights are not there (meta device): load or materialise the base first"
         elif host is None or not host.has(module, site.slot):

@@ -8,6 +8,7 @@ The adapters' factors, all frozen, become slices of the two: they stay parameter
 a switch, and what is written into them counts. A model that moved has its tensors elsewhere: then the bank is made anew.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ class Bank:
     def holds(self, adapters: Sequence[Any]) -> bool:
         """Are these its adapters, and are their factors still here?"""
         mine = self.adapters
-        return len(adapters) == len(mine) and all(map(_same, adapters, mine)) and self._places() == self.places
+        return len(adapters) == len(mine) and all(map(operator.is_, adapters, mine)) and self._places() == self.places
 
     def plan(self, live: Sequence[Any], plans: dict[Any, Plan | None]) -> Plan | None:
         """For the batch of these entries; `plans` holds those of other modules, where they are the same."""
@@ -77,11 +78,8 @@ class Bank:
             return None
         a, bt = (self.a, self.bt) if plan.acting is None else (self.a[plan.acting], self.bt[plan.acting])
         y = call(*args, **kwargs)
+        y = y if self.host.fresh else y.clone()  # it is added to in place
         return self.host.grouped(y, x, a, bt, plan.rows, plan.weights, plan.weight, plan.ordered)
-
-
-def _same(one: Any, other: Any) -> bool:
-    return one is other
 
 
 def _plan(parts: Sequence[tuple[int, float, Any]], everyone: int, device: torch.device) -> Plan | None:
@@ -114,6 +112,7 @@ def settle(there: Carried, live: tuple[Any, ...], plans: dict[Any, Plan | None])
         return None
     if there.bank is None or not there.bank.holds(adapters):
         there.bank = None
+        there.routed.clear()  # it would keep the old one
         able = isinstance(host, WeightHost) and host.grouped is not None
         if able and all(isinstance(adapter, WeightAdapter) and adapter.movable for adapter in adapters):
             ranks = [len(adapter.factors().a) for adapter in adapters]

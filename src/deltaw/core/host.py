@@ -16,10 +16,8 @@ layer is, so that N methods and M kinds of layer need N + M pieces of code:
 
 import contextlib
 import functools
-import math
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -28,43 +26,9 @@ from torch import Tensor, nn
 from deltaw.core import plugins
 from deltaw.core.carried import carried, here
 from deltaw.core.probe import departs
+from deltaw.core.spec import HostSpec
 
 Map = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class HostSpec:
-    """What a Method must know to build an adapter: shapes only, no live model."""
-
-    shape: tuple[int, ...]
-    """Canonical shape of the slot: [out, in, *kernel] where the layer is linear in it, else the parameter's own."""
-    stack: int | None = None
-    """Number of weights of this shape side by side in the slot (experts), where it is a stack of them."""
-    groups: int = 1
-    """Groups of a convolution; `in` counts the channels of one group."""
-    lookup: bool = False
-    """True where the input is integer ids (embedding): then A starts at zero and B is random."""
-    linear: bool = True
-    """True where the layer's output is linear in this slot, so that a ΔW can be added to it."""
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[0]
-
-    @property
-    def fan_in(self) -> int:
-        """Inputs that one output reads: in × kernel size."""
-        return self.numel // self.shape[0]
-
-    @property
-    def whole(self) -> tuple[int, ...]:
-        """Shape of the canonical weight, with the stack in front where there is one."""
-        return self.shape if self.stack is None else (self.stack, *self.shape)
-
-    @property
-    def numel(self) -> int:
-        """Numbers in one weight."""
-        return math.prod(self.shape)
 
 
 class Host:
@@ -195,7 +159,14 @@ class WeightHost(Host):
         """op(x, b @ a) without forming b @ a. a: [r, in, *kernel], b: [out, r, *ones]."""
         raise NotImplementedError
 
-    grouped: ClassVar[Callable[..., Tensor] | None] = None  # `kernels.grouped`, of layers on vectors
+    grouped: ClassVar[Callable[..., Tensor] | None] = None
+    """`kernels.grouped` of layers whose rows go through a [r, in] and bt [r, out] as vectors do. A subclass says so itself."""
+    fresh: bool = False
+    """Is the layer's output a new tensor at every call, so that it may be added to in place?"""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.grouped = cls.__dict__.get("grouped")
 
     def act(
         self, x: Tensor, dense: Callable[[], Tensor], vectors: Map | None = None, columns: Map | None = None
@@ -249,7 +220,8 @@ class ParameterHost(Host):
         return None
 
 
-def wide(weight: Tensor) -> Tensor:  # in fp32, or in fp64 where it is that
+def wide(weight: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is that."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 

@@ -171,7 +171,9 @@ class Shapes:
     def of(self, method: Method, spec: HostSpec) -> tuple[Mapping[str, tuple[int, ...]], int]:
         """Of a resolved method: names and shapes of what its state holds, and the number of trained values."""
         known = self._known.setdefault(spec, [])
-        found = next((found for other, found in known if type(other) is type(method) and other == method), None)
+        found = next(
+            (found for other, found in known if type(other) is type(method) and vars(other) == vars(method)), None
+        )
         if found is None:
             with torch.device("meta"):  # nothing is drawn or allocated
                 adapter = method.build(spec)

@@ -120,6 +120,7 @@ def _add(module: nn.Module, name: str, slot: str, adapter: Adapter, method: Meth
         if "_old_forward" in module.__dict__:  # accelerate's hooks call this: let it be ours
             module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
     there, adapter.method, adapter.name = here(module), method, name
+    there.routed.clear()
     entries = (*there.entries.get(name, ()), (adapter, host, None))
     there.entries[name] = tuple(sorted(entries, key=route.outermost))
     adapter.train(module.training)
@@ -137,6 +138,7 @@ def remove(module: nn.Module, name: str, model: nn.Module) -> None:
     if name not in there.entries:
         return
     del there.entries[name]
+    there.routed.clear()  # it would keep what goes
     holder = cast(nn.ModuleDict, module.adapters)
     if name in holder:
         del holder[name]

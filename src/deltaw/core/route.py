@@ -114,15 +114,17 @@ class use:
         if not routes:
             raise UseError("no route: give one for every row of the batch, {} for a row of the base")
         self.modules = adapted_modules(model)
-        known = _index(model).rows if rows else {}
-        key: object = tuple(tuple(one.items()) for one in routes) if rows and _plain(routes) else object()
-        if key not in known:
+        known = _index(model).rows
+        key = tuple(tuple(one.items()) for one in routes) if rows and _plain(routes) else None
+        stands = None if key is None else known.get(key)
+        if stands is None:
             _check(model, self.modules, routes, rows)
-            if rows:
-                _remember(known, key, _Rows())
+            if key is not None:
+                stands = _Rows()
+                _remember(known, key, stands)
         self.before = {module: (here(module).live, here(module).batch) for module in self.modules}
         self.stamp = _stamp
-        apply_rows(self.modules, routes, known[key]) if rows else apply(self.modules, routes[0])
+        apply_rows(self.modules, routes, stands) if rows else apply(self.modules, routes[0])
 
     def __enter__(self) -> Self:
         return self
@@ -159,26 +161,27 @@ def apply(modules: list[nn.Module], route: Route) -> None:
         there.live = tuple(sorted(found, key=outermost))
 
 
-def apply_rows(modules: list[nn.Module], routes: Sequence[Route], key: _Rows) -> None:
+def apply_rows(modules: list[nn.Module], routes: Sequence[Route], key: _Rows | None) -> None:
     """As `apply`, with a route for every row of the batch; where it was live before, as it was then."""
-    if all(key in here(module).routed for module in modules):
+    if key is not None and all(key in here(module).routed for module in modules):
         for module in modules:
             there = here(module)
             there.live, there.batch = there.routed[key]
         return
-    wanted = {}
-    with torch.inference_mode(False):
+    wanted, plans = {}, dict[Any, Plan | None]()
+    with torch.inference_mode(False):  # parameters that a bank takes in must be able to train later
         for name in dict.fromkeys(name for route in routes for name in route):
             acts = [(number, route[name]) for number, route in enumerate(routes) if route.get(name, 0.0) != 0.0]
             if acts:
                 rows, strengths = zip(*acts, strict=True)
                 wanted[name] = PerRow(torch.tensor(strengths, dtype=torch.float32), torch.tensor(rows), len(routes))
-    plans: dict[Any, Plan | None] = {}
-    for module in modules:
-        there = here(module)
-        there.live = tuple((a, host, at) for name, at in wanted.items() for a, host, _ in there.entries.get(name, ()))
-        there.batch = settle(there, there.live, plans)
-        _remember(there.routed, key, (there.live, there.batch))
+        for module in modules:
+            there = here(module)
+            found = [(a, host, at) for name, at in wanted.items() for a, host, _ in there.entries.get(name, ())]
+            there.live = tuple(found)
+            there.batch = settle(there, there.live, plans)
+            if key is not None:
+                _remember(there.routed, key, (there.live, there.batch))
 
 
 def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:

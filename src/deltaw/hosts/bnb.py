@@ -32,7 +32,6 @@ class QuantizedHost(WeightHost):
     """What both kinds have in common. Codes and scales are together a form: what `encode` gives and `decode` takes."""
 
     module: Any
-    grouped = staticmethod(grouped)
 
     @property
     def spec(self) -> HostSpec:
@@ -74,6 +73,8 @@ class QuantizedHost(WeightHost):
 
 @register("bitsandbytes.nn.modules.Linear4bit")
 class Linear4bitHost(QuantizedHost):
+    grouped = staticmethod(grouped)
+
     @property
     def quantized(self) -> str | None:
         state = self.scales(self.parameter)
@@ -157,6 +158,8 @@ def _unpacked(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 @register("bitsandbytes.nn.modules.Linear8bitLt")
 class Linear8bitHost(QuantizedHost):
+    grouped = staticmethod(grouped)
+
     @property
     def quantized(self) -> str | None:
         return None if self.scales(self.parameter) is None else "int8"

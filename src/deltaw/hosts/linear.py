@@ -25,7 +25,7 @@ class LinearHost(WeightHost):
 
     def __init__(self, module: nn.Module, slot: str):
         super().__init__(module, slot)
-        self.plain = base_class_of(module).forward is nn.Linear.forward
+        self.plain = self.fresh = base_class_of(module).forward is nn.Linear.forward
 
     @property
     def spec(self) -> HostSpec:
@@ -42,12 +42,17 @@ class LinearHost(WeightHost):
     ) -> Any:
         x, frozen = args[0] if args else kwargs["input"], self._frozen()
         there = carried(self.module)
-        first = frozen is not None and there is not None and there.live[0][0] is adapter
-        alone = first and self._pristine
-        change = None if torch.is_autocast_enabled(x.device.type) else adapter.as_change(self, strength, alone)
+        one = frozen is not None and len(args) + len(kwargs) == 1
+        first = one and there is not None and bool(there.live) and there.live[0][0] is adapter
+        own = first and self._pristine
+        change = None if torch.is_autocast_enabled(x.device.type) else adapter.as_change(self, strength, own)
         if change is None:
             return super().adapted(adapter, call, strength, *args, **kwargs)
-        return lora_linear(x, *frozen, change) if frozen is not None and first else lora_add(call(x), x, change)
+        return (
+            lora_linear(x, *frozen, change)
+            if frozen is not None and first
+            else lora_add(call(*args, **kwargs), x, change)
+        )
 
     def simple(self) -> tuple[Tensor, Tensor | None, Any] | None:
         live = found.live if (found := carried(self.module)) is not None else ()
@@ -82,6 +87,8 @@ class LinearHost(WeightHost):
 
 @register("transformers.pytorch_utils.Conv1D")
 class TransposedLinearHost(LinearHost):
+    grouped = staticmethod(grouped)
+
     @property
     def weight(self) -> Tensor:
         return self.parameter.T  # stored [in, out]

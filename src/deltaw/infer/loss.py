@@ -5,7 +5,8 @@
 Full logits of all positions are the largest tensor of a training step, and those of prompts and padding are thrown
 away. A loss is a number, so its gradient is that of its chunks times what comes from above: each chunk makes its own while
 its logits are there, [N, H] of them are kept, and the head is not computed a second time, as checkpointing would. The head
-is called as a module, so that adapters and hooks on it work. Models whose logits are not simply head(hidden) (soft caps,
+is called as a module, so that adapters on it work, and hooks, which may hold parameters of their own: then chunks are
+checkpointed. Models whose logits are not simply head(hidden) (soft caps,
 scales) are found by a probe and computed through the model's own forward.
 """
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 CHUNK_VALUES = 1 << 22  # logits held at once: 16 MB in fp32; on a CPU more is slower
 
@@ -41,10 +43,8 @@ class Summed(Function):
                 loss = part(rows, targets)
             first, *rest = torch.autograd.grad(loss, (rows, *parameters), allow_unused=True)
             slope.copy_(first)
-            ours = [
-                old if new is None else new if old is None else old.add_(new)
-                for old, new in zip(ours, rest, strict=True)
-            ]
+            pairs = zip(ours, rest, strict=True)  # not in place: a gradient may be another one's tensor
+            ours = [old if new is None else new if old is None else old + new for old, new in pairs]
             total += loss.detach()
         ctx.save_for_backward(slopes, *ours)
         return total
@@ -53,7 +53,7 @@ class Summed(Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         slopes, *ours = ctx.saved_tensors
-        scaled = (None if slope is None else (grads[0] * slope).to(slope.dtype) for slope in (slopes, *ours))
+        scaled = (None if slope is None else (grads[0] * slope.float()).to(slope.dtype) for slope in (slopes, *ours))
         first, *rest = scaled
         return None, None, first, None, *rest
 
@@ -97,6 +97,9 @@ class SFTLoss:
         if not torch.is_grad_enabled():
             parts = zip(hidden.split(size), wanted.split(size), strict=True)
             return torch.stack([self._sum(rows, targets) for rows, targets in parts]).sum(), count
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self.head.modules()):
+            chunks = zip(hidden.split(size), wanted.split(size), strict=True)
+            return torch.stack([checkpoint(self._sum, *chunk, use_reentrant=False) for chunk in chunks]).sum(), count
         trained = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
         return Summed.apply(self._sum, size, hidden, wanted, *trained), count
 

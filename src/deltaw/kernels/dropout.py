@@ -21,7 +21,11 @@ def new_seed() -> Tensor:
 
 def kept(p: float) -> float:
     """The share of elements that stay."""
-    return 1 - round(p * _STEPS) / _STEPS
+    return 1 - _dropped(p) / _STEPS
+
+
+def _dropped(p: float) -> int:
+    return min(round(p * _STEPS), _STEPS - 1)
 
 
 def mask(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -35,7 +39,7 @@ def _mask(x: Tensor, seed: Tensor, p: float) -> Tensor:
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     bits = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()].view(x.shape)
     made = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return torch.ge(bits, round(p * _STEPS) - _STEPS // 2, out=made)
+    return torch.ge(bits, _dropped(p) - _STEPS // 2, out=made)
 
 
 @_mask.register_fake

@@ -72,11 +72,14 @@ class GLUDown(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         gate, up, weight, _, a, b, gain, seed, ctx.scale, ctx.share, ctx.kind = inputs
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(gate, up, weight, a, b, gain, seed, output[1], None if gain is None else output[2])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if grads[0] is None:
+            return (None,) * 11
         gate, up, weight, a, b, gain, seed, h, z = ctx.saved_tensors
         act, g, da, db, dgain = ACTIVATIONS[ctx.kind], grads[0].flatten(0, -2), None, None, None
         fast = not torch.is_grad_enabled() and _twin(gate, ctx.kind)

@@ -18,7 +18,7 @@ def grouped(
 
     weight: that of all of them, where no place is filled up and they are one number. ordered: rows are 0 … B − 1.
     """
-    if ordered and _twin(x, a):
+    if ordered and y.is_contiguous() and _twin(x, a):
         return twins.grouped(y.view(len(x), -1, y.shape[-1]), x, a, bt, weights).view(y.shape)
     mine = (x if ordered else x[rows]).reshape(len(rows), -1, x.shape[-1])  # [K, n · T, in]
     # the smaller side is cast: few rows, or the factors

@@ -39,9 +39,9 @@ def forward(
 
 def backward(
     g: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, gain: Tensor | None, seed: Tensor | None,
-    scale: float | Tensor, p: float, h: Tensor, z: Tensor, wanted: tuple[bool, bool, bool] = (True, True, True),
+    scale: float | Tensor, p: float, h: Tensor, z: Tensor, wanted: tuple[bool, ...] = (True, True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Of g [T, out] and x [T, in]: dx (in the weight's layout, [T, in]), da, db, dgain; wanted: dx, da, db."""
+    """Of g [T, out] and x [T, in]: dx (in the weight's layout, [T, in]), da, db, dgain; wanted: which of them."""
     down, up, dgain = a.to(x.dtype), _up(b, scale, p, x.dtype), None
     ones = None if seed is None else mask(x, seed, p)
     inner = x if ones is None else x * ones
@@ -49,7 +49,7 @@ def backward(
         h = inner @ down.T
         z = z if gain is None else x @ weight.T + h @ up.T
     if gain is not None:
-        dgain = (g * z).sum(0, dtype=gain.dtype)
+        dgain = (g * z).sum(0, dtype=gain.dtype) if wanted[3] else None
         g = torch.addcmul(g, g, (gain - 1).to(g.dtype))
     q = g @ up  # [T, r]
     dx = g @ weight if wanted[0] else None
@@ -77,11 +77,14 @@ class LoRALinear(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, _, a, b, gain, seed, ctx.scale, ctx.p = inputs
+        ctx.set_materialize_grads(False)  # no zeros for h and z
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(x, weight, a, b, gain, seed, output[1], None if gain is None else output[2])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if grads[0] is None:
+            return (None,) * 9
         x, weight, a, b, gain, seed, h, z = ctx.saved_tensors
         g, rows, h, z = (
             grads[0].flatten(0, -2),
@@ -90,9 +93,7 @@ class LoRALinear(Function):
             z if gain is None else z.flatten(0, -2),
         )
         need = ctx.needs_input_grad
-        dx, da, db, dgain = backward(
-            g, rows, weight, a, b, gain, seed, ctx.scale, ctx.p, h, z, (need[0], need[3], need[4])
-        )
+        dx, da, db, dgain = backward(g, rows, weight, a, b, gain, seed, ctx.scale, ctx.p, h, z, (need[0], *need[3:6]))
         return None if dx is None else dx.view_as(x), None, None, da, db, dgain, None, None, None
 
 

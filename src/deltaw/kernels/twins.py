@@ -4,7 +4,7 @@
     product_back   dgate = dp ⊙ up ⊙ act'(gate), dup = dp ⊙ act(gate), one pass instead of five
     grouped        y[b] += w_b · (x[b] a_kᵀ) bt_k, k the adapter of row b, fp32 factors read once  plain: kernels/grouped.py
 
-A kernel is used on a device and dtype once it gave there, on a small random input, what its plain twin gives (`trusted`);
+A kernel is used on a device and dtype once it gave there, on a small input, what its plain twin gives (`trusted`);
 where it does not, or cannot be compiled, the plain twin runs and says so in the log. They have not run on a device yet:
 they are tested in Triton's interpreter (tests/kernels/test_twins.py).
 """
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 tl: Any = None  # triton.language, once a kernel is compiled: Triton looks it up here
 ON: Callable[[Tensor], bool] = lambda x: x.is_cuda  # noqa: E731
 BLOCK = 1024
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}  # they compute in fp32
 
 
 def _act(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -40,7 +41,7 @@ def _act(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 def _product(gate, up, p, n, KIND: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     x, y = tl.load(gate + i, mask=i < n, other=0.0).to(tl.float32), tl.load(up + i, mask=i < n, other=0.0)
     opened, _slope = _act(x, KIND)
     opened = opened.to(p.dtype.element_ty).to(tl.float32)  # rounded as the plain twin rounds
@@ -48,7 +49,7 @@ def _product(gate, up, p, n, KIND: tl.constexpr, SIZE: tl.constexpr):  # type: i
 
 
 def _product_back(dp, gate, up, dgate, dup, n, KIND: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     g, x = (
         tl.load(dp + i, mask=i < n, other=0.0).to(tl.float32),
         tl.load(gate + i, mask=i < n, other=0.0).to(tl.float32),
@@ -131,7 +132,12 @@ def grouped(y: Tensor, x: Tensor, a: Tensor, bt: Tensor, weights: Tensor) -> Ten
 
 def usable(x: Tensor) -> bool:
     """Is x where these can run? In a compiled graph the compiler fuses by itself."""
-    return ON(x) and not torch.compiler.is_compiling() and importlib.util.find_spec("triton") is not None
+    return ON(x) and x.dtype in DTYPES and not torch.compiler.is_compiling() and _there()
+
+
+@functools.cache
+def _there() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 _TRUST: dict[Any, bool] = {}
@@ -144,7 +150,7 @@ def trusted(key: Any, pair: Callable[[], tuple[Any, Any]]) -> bool:
             torch.testing.assert_close(*pair(), rtol=2e-2, atol=2e-2)
             _TRUST[key] = True
         except Exception as error:  # whatever a compiler may raise: the plain twin is there
-            log.warning("the Triton kernel %s is not used: %s", key, str(error).strip().splitlines()[0])
+            log.warning("the Triton kernel %s is not used: %s", key, f"{type(error).__name__}: {error}".splitlines()[0])
             _TRUST[key] = False
     return _TRUST[key]
 

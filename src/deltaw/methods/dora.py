@@ -23,8 +23,8 @@ from deltaw.core.method import Method, Part, register
 from deltaw.methods.inits import STARTS
 from deltaw.methods.lora import LoRA, LoRAAdapter
 
-ROWS = 1 << 18
-"""Numbers of W that are widened at once."""
+VALUES = 1 << 18
+"""Numbers of W that are widened at once on a CPU, where they then stay in its cache; 64 times as many elsewhere."""
 
 
 class DoRAAdapter(LoRAAdapter):
@@ -43,7 +43,8 @@ class DoRAAdapter(LoRAAdapter):
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             a, b, s = self.lora_A.flatten(1), self.lora_B.flatten(1), self.scale
             gram, square = a @ a.T, []  # [r, r]
-            size = len(weight) if torch.compiler.is_compiling() else max(1, ROWS // max(1, a.shape[1]))
+            values = VALUES if weight.device.type == "cpu" else 64 * VALUES
+            size = len(weight) if torch.compiler.is_compiling() else max(1, values // max(1, a.shape[1]))
             for w, rows in zip(weight.flatten(1).split(size), b.split(size), strict=True):
                 w = w.to(a.dtype)
                 cross = 2 * s * ((w @ a.T) * rows).sum(1) + s * s * ((rows @ gram) * rows).sum(1)
@@ -60,6 +61,8 @@ class DoRAAdapter(LoRAAdapter):
     def as_change(self, host: Any, strength: Tensor | None, alone: bool) -> Change | None:
         if not (self.thin and alone) or strength is not None or self.drops:  # dropout reaches (c − 1)·W x as well
             return None
+        if host.bias is not None and host.weight.dtype.itemsize < 4:
+            return None  # z would be (z + bias) − bias, of which a large bias leaves little in 16 bits
         return Change(self.lora_A, self.lora_B, self.scale, self.ratio(host.weight))
 
     def merged(self, weight: Tensor) -> Tensor:

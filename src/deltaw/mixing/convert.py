@@ -90,7 +90,7 @@ def _site(
     now, kept = method.finished(group)
     factors = state.factors(site)
     if factors is not None and (rank is None or _rank(factors) <= rank):
-        if type(now) is LoRA:
+        if type(now) is LoRA and (rank is None or (now.rank or 0) <= rank):
             return now, kept, Converted("exact", now.rank or 0, 0.0)
         a, b, scale = _without_zeros(factors)
         lora = plain(len(a), scale * len(a) if scale > 0 else None, method.corrects)
