@@ -1,4 +1,4 @@
-"""deltaw plan: what a run would learn from, before any weight is loaded."""
+"""deltaw plan: what a run would train and learn from, before any weight is loaded."""
 
 import dataclasses
 from typing import Annotated
@@ -17,11 +17,12 @@ def plan(
     rows: Annotated[int, typer.Option(help="Rows to show, with what they learn.")] = 3,
     as_json: Json = False,
 ) -> None:
-    """Rows, drops and lengths, and the first rows as the model will see them, with what they learn marked."""
+    """What would be trained; rows, drops and lengths, and the first rows as the model will see them, with what they learn marked."""
     given = parsed(config)
+    from deltaw.training.outlook import outlook
     from deltaw.training.prepare import prepare
 
-    data = prepare(given)
+    data, planned = prepare(given), outlook(given)
     record = {
         **dataclasses.asdict(data.report),
         "held_out": len(data.held_out),
@@ -29,4 +30,11 @@ def plan(
         "remarks": data.remarks,
     }
     notes = "".join(f"note: {remark}\n" for remark in data.remarks)
-    show(record, as_json, f"{data.report}\n{data.held_out_said}\n{notes}{data.shown(rows)}")
+    if planned is None:
+        trained = f"goes on from {given.adapter.start}, with its own targets"
+    else:
+        total = planned.base_parameters
+        record["parameters"] = {"trainable": planned.trainable, "total": total, "adapters": len(planned)}
+        record["adapter_bytes"] = 4 * planned.trainable  # files hold fp32
+        trained = f"{planned}\nthe adapter's file: about {4 * planned.trainable / 1e6:,.2f} MB"
+    show(record, as_json, f"{trained}\n\n{data.report}\n{data.held_out_said}\n{notes}{data.shown(rows)}")

@@ -169,6 +169,16 @@ def read_config(name: str) -> Any:
         raise _unreadable(name, error) from error
 
 
+def outline(name: str) -> Any:
+    """The model of a base without its weights: all modules and shapes, on the meta device; only its configuration is read."""
+    config = read_config(name)
+    try:
+        with torch.device("meta"):
+            return require_transformers().AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
 def _unreadable(name: str, error: Exception) -> FileError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return FileError(f"the base {name!r} cannot be loaded: {reason}")

@@ -42,6 +42,7 @@ from deltaw.runs.report import html_report
 from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, Steps, peak_memory
 from deltaw.training.facts import described, environment, facts, reporters, unchanged
 from deltaw.training.optimizer import build, groups
+from deltaw.training.outlook import outlook
 from deltaw.training.prepare import Prepared, brought, prepare, read_by
 from deltaw.training.rows import attach_rows, readable
 from deltaw.training.trainer import NAME, AdapterTrainer
@@ -116,6 +117,8 @@ def _train(config: Config, run: RunDirectory, quiet: bool, resume: bool, shelf: 
     given = brought(config, checkpoint)
     data: Prepared = shelf.get("data", (*read_by(config), given), lambda: prepare(config, given))
     reporters(config.train.report_to)
+    if checkpoint is None:
+        outlook(config)  # targets that cannot be adapted stop here, before the base's weights are read
     dtype, quantize = config.train.dtype, config.quantize
     wanted = (config.model, dtype, quantize)
     base: Base = shelf.get("base", wanted, lambda: load_base(config.model, dtype=dtype, quantize=quantize))
