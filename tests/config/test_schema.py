@@ -56,6 +56,13 @@ def test_round_trip_with_everything_set() -> None:
         ({"data": {"train": [{"path": "x", "wieght": 2}]}}, ["data.train[0].wieght", "did you mean 'weight'"]),
         ({"data": {"train": {"path": "x", "weight": 0}}}, ["data.train.weight=0.0", "above 0"]),
         ({"adapter": {"r": 8}}, ["no key 'adapter.r'; here it is called 'adapter.rank'"]),
+        (
+            {"adapter": {"method": "oft", "rank": 8}},
+            [
+                "no key 'adapter.rank', a field of other methods: oft has block, share",
+                "adapter={method: oft} starts afresh",
+            ],
+        ),
         ({"adapter": {"lora_dropout": 0.1}}, ["here it is called 'adapter.dropout'"]),
         ({"learning_rate": 1}, ["it belongs to its section: 'train.learning_rate'"]),
         ({"train": {"cutoff_len": 9}}, ["it belongs to its section: 'data.max_length'"]),

@@ -95,4 +95,4 @@ def test_plan_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     found = json.loads(capsys.readouterr().out)
     assert done.value.code == 0
     assert found["parameters"] == {"trainable": 116_736, "total": 5_770_496, "adapters": 42}
-    assert found["adapter_bytes"] == 4 * 116_736
+    assert found["trained_bytes"] == 4 * 116_736

@@ -44,6 +44,7 @@ def mix(
         raise UseError("the mix would change nothing at all: every weight, or every adapter's change, is zero")
     meta = _shared([one.state.meta for one in stored])
     meta |= {"parents": [one.digest for one in stored], "weights": weights}
+    meta |= {} if cut is None else {"cut": {"rank": rank, "relative_error": cut.error}}
     directory.write(dataclasses.replace(mixed, meta=meta), output, beside=kept.files)
     record: dict[str, Any] = {
         "adapter": str(output),

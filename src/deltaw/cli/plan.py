@@ -35,6 +35,7 @@ def plan(
     else:
         total = planned.base_parameters
         record["parameters"] = {"trainable": planned.trainable, "total": total, "adapters": len(planned)}
-        record["adapter_bytes"] = 4 * planned.trainable  # files hold fp32
-        trained = f"{planned}\nthe adapter's file: about {4 * planned.trainable / 1e6:,.2f} MB"
+        record["trained_bytes"] = 4 * planned.trainable
+        size = f"{4 * planned.trainable / 1e6:,.2f} MB (fp32), its gradients and AdamW's moments three times that"
+        trained = f"{planned}\nwhat is trained takes {size}"
     show(record, as_json, f"{trained}\n\n{data.report}\n{data.held_out_said}\n{notes}{data.shown(rows)}")

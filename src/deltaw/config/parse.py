@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from deltaw.config.schema import AdapterConfig, Config, DataConfig, Source, TrainConfig, invalid_pattern
 from deltaw.core.errors import ConfigError, did_you_mean, faults
 from deltaw.core.method import Method, get
+from deltaw.core.method import names as methods
 
 SECTIONS: dict[str, type] = {"data": DataConfig, "train": TrainConfig}
 OTHER_NAMES: Mapping[str, str] = {
@@ -120,7 +121,7 @@ def _values(
     names = [f.name for f in dataclasses.fields(cls)]
     for key, value in record.items():
         if key not in names:
-            found.append(f"no key {prefix + str(key)!r}{_meant(str(key), prefix, [*names, *others])}")
+            found.append(f"no key {prefix + str(key)!r}{_meant(cls, str(key), prefix, [*names, *others])}")
             continue
         kinds = _kinds(hints[key])
         if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
@@ -140,14 +141,17 @@ def _values(
     return values
 
 
-def _meant(key: str, prefix: str, here: Sequence[str]) -> str:
-    """A hint for an unknown key: near names here, what other tools call a field of ours, the section it belongs to."""
+def _meant(cls: type, key: str, prefix: str, here: Sequence[str]) -> str:
+    """A hint for an unknown key: whose field it is, near names, what other tools call it, the section it belongs to."""
+    if issubclass(cls, Method) and any(key in {f.name for f in dataclasses.fields(get(name))} for name in methods()):
+        own = ", ".join(f.name for f in dataclasses.fields(cls))
+        return f", a field of other methods: {cls.name} has {own}; adapter={{method: {cls.name}}} starts afresh"
     ours = OTHER_NAMES.get(key)
     if ours in here:
         return f"; here it is called {prefix + ours!r}"
     near = did_you_mean(key, here)
     fields = {
-        name: [f.name for f in dataclasses.fields(cls)] for name, cls in {**SECTIONS, "adapter": AdapterConfig}.items()
+        name: {f.name for f in dataclasses.fields(cls)} for name, cls in {**SECTIONS, "adapter": AdapterConfig}.items()
     }
     homes = [
         f"{name}.{ours or key}" for name, inside in fields.items() if (ours or key) in inside and f"{name}." != prefix

@@ -109,8 +109,10 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, change: Change) 
 
 
 def few(x: Tensor, a: Tensor) -> bool:
-    """Are there no more rows than ranks, as in a decoding step, and no gradient? Then x is the smaller thing to cast."""
-    return not torch.is_grad_enabled() and x.dtype.itemsize < a.dtype.itemsize and x.shape[:-1].numel() <= a.shape[0]
+    """Are there few rows for the ranks, as in a decoding step, and no gradient? Then casting x costs less than casting both."""
+    return (
+        not torch.is_grad_enabled() and x.dtype.itemsize < a.dtype.itemsize and x.shape[:-1].numel() <= 4 * a.shape[0]
+    )
 
 
 def few_rows(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class DoRAAdapter(LoRAAdapter):
 @register("dora")
 @dataclass(frozen=True, kw_only=True)
 class DoRA(LoRA):
-    suits = "small ranks, where LoRA falls short; slower steps"
+    suits = "small ranks, where LoRA falls short"
 
     def invalid(self) -> Sequence[str]:
         found = list(super().invalid())
