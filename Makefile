@@ -17,8 +17,10 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(PIP) --editable '.[bench]'
-	for name in step lifecycle loss; do $(BIN)/python -m benchmarks $$name || exit 1; done
-	$(BIN)/python -m benchmarks step --dropout 0.05
+	$(BIN)/python -m benchmarks step --memory
+	$(BIN)/python -m benchmarks step --dropout 0.05 --sides bound,ours,peft,peft_cast
+	$(BIN)/python -m benchmarks lifecycle
+	$(BIN)/python -m benchmarks loss
 	$(BIN)/python scripts/make_docs.py
 
 format: $(VENV)/.dev

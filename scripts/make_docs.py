@@ -167,7 +167,7 @@ def measurements_page() -> str:
     return page
 
 
-COSTS = {"step": "step --memory", "step_dropout": "step --dropout 0.05"}
+COSTS = {"step": "step --memory", "step_dropout": "step --dropout 0.05 --sides bound,ours,peft,peft_cast"}
 """Result of a training step → the command that makes it."""
 NAMES = {
     "bound": "the frozen base, gradients for activations alone", "ours": "deltaw", "plain": "deltaw, MLPs not fused", "peft": "PEFT",
