@@ -33,9 +33,9 @@ def plan(
     if planned is None:
         trained = f"goes on from {given.adapter.start}, with its own targets"
     else:
-        total = planned.base_parameters
+        total, size = planned.base_parameters, 4 * planned.trainable  # trained tensors are fp32
         record["parameters"] = {"trainable": planned.trainable, "total": total, "adapters": len(planned)}
-        record["trained_bytes"] = 4 * planned.trainable
-        size = f"{4 * planned.trainable / 1e6:,.2f} MB (fp32), its gradients and AdamW's moments three times that"
-        trained = f"{planned}\nwhat is trained takes {size}"
+        record["trained_bytes"] = size
+        said = f"{size / 1e6:,.2f} MB (fp32), its gradients and AdamW's moments three times that"
+        trained = f"{planned}\nwhat is trained takes {said}"
     show(record, as_json, f"{trained}\n\n{data.report}\n{data.held_out_said}\n{notes}{data.shown(rows)}")
