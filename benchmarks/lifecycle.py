@@ -1,12 +1,12 @@
 """What it costs to have adapters, beside PEFT: attach, load, switch, switch off, detach; decode steps; mixes; the import.
 
-    python -m benchmarks lifecycle [--layers 32,80] [--rounds 5] [--adapters 8,16,32]
+    python -m benchmarks lifecycle [--layers 32,80] [--rounds 5] [--adapters 8,16,32] [--device cuda --hidden 4096 --depth 4]
 
 Toy Llama (hidden 32, 7 linear layers a block), LoRA r 4 on all of them: times of Python and dispatch, not of arithmetic. A
 decode step is one token for each row of a model of 75 M parameters in bf16 with as many adapters r 16: the bare base, the base
 with one of them merged, one adapter for all rows, and an adapter for each row (PEFT's adapter_names; routing included). A mix
 is four adapters r 16 of a layer of 2048 × 2048 in one of rank 16. Sides take turns; medians of rounds. That the row of an
-adapter gives what the adapter alone gives, and that both mixes are one change, is asserted.
+adapter gives what the adapter alone gives, and that both mixes are one change, is asserted. On a CUDA device decoding alone is measured.
 """
 
 import copy
@@ -26,8 +26,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import deltaw
+from benchmarks import step
 from benchmarks._common import keep, parser
-from benchmarks.step import base as base_75m
 from deltaw.core.attach import adapters
 from deltaw.core.method import Site
 from deltaw.core.state import delta
@@ -44,8 +44,10 @@ def toy(layers: int) -> nn.Module:
 
 
 def timed(act: Callable[[], Any]) -> float:
+    step.wait()
     began = time.perf_counter()
     act()
+    step.wait()
     return time.perf_counter() - began
 
 
@@ -106,7 +108,7 @@ def overheads(layers: int, rounds: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def decode(count: int, rounds: int) -> dict[str, Any]:
-    base = base_75m(torch.bfloat16).eval()
+    base = step.base(torch.bfloat16).eval()
     mine, names = copy.deepcopy(base), [f"a{number}" for number in range(count)]
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     other: Any = peft.get_peft_model(copy.deepcopy(base), config, adapter_name=names[0])  # type: ignore[arg-type]
@@ -121,7 +123,7 @@ def decode(count: int, rounds: int) -> dict[str, Any]:
         if "lora_B" in key:
             nn.init.normal_(parameter, std=0.02)
     other.eval()
-    ids = torch.randint(0, 12288, (count, 1), generator=torch.Generator().manual_seed(0))
+    ids = step.ids_of(1, count, 1)[0]
 
     def mixed() -> torch.Tensor:
         with deltaw.use(mine, [{name: 1.0} for name in names]):
@@ -217,7 +219,15 @@ def main(arguments: list[str]) -> None:
     options.add_argument("--layers", default="32,80")
     options.add_argument("--adapters", default="8,16,32")
     options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--device", default=step.DEVICE)
+    options.add_argument("--hidden", type=int, default=step.HIDDEN)
+    options.add_argument("--depth", type=int, default=step.LAYERS)
     args = options.parse_args(arguments)
+    step.DEVICE, step.HIDDEN, step.LAYERS = args.device, args.hidden, args.depth
+    if args.device == "cuda":
+        name = f"{torch.cuda.get_device_name()}, hidden {args.hidden}, {args.depth} layers"
+        found = {count: decode(int(count), 4 * args.rounds) for count in args.adapters.split(",")}
+        return keep("lifecycle_cuda", {"device": name, "decode": found})
     keep("lifecycle", {
         "threads": torch.get_num_threads(), "rounds": args.rounds, "imports": imports(args.rounds),
         "layers": {layers: overheads(int(layers), args.rounds) for layers in args.layers.split(",")},

@@ -1,7 +1,7 @@
 """A training step beside the frozen base and PEFT: time, and bytes kept for the backward pass.
 
     python -m benchmarks step [--dtypes bf16,fp32] [--shapes 4x256,1x1024] [--rounds 7] [--dropout 0.05] [--sides ours,bound]
-                              [--memory]
+                              [--memory] [--device cuda --hidden 4096 --layers 4]
 
 Llama of 75 M parameters (hidden 768, 8 layers, random), LoRA r 16 on all linear layers, stock loss on all positions.
     bound       the frozen base, with gradients for activations alone: what every adapter pays
@@ -11,7 +11,7 @@ Llama of 75 M parameters (hidden 768, 8 layers, random), LoRA r 16 on all linear
 A step is forward and backward; sides take turns, each side's time is the median over rounds, given as a ratio. Bytes are
 those of distinct storages held by saved tensors, parameters left out, per token and layer. From one start, five AdamW
 steps of ours and PEFT's give equal losses, and gradients are not zero: asserted. Memory is the highest resident size of a process
-of its own during two steps, above what it was with the model loaded.
+of its own during two steps, above what it was with the model loaded; on a CUDA device, of the memory allocated there.
 """
 
 import copy
@@ -35,7 +35,9 @@ from deltaw.core.attach import adapters
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SIDES = ("bound", "ours", "plain", "peft", "peft_cast", "full", "dora", "peft_dora")
-LAYERS, RANK, ALPHA = 8, 16, 32
+RANK, ALPHA = 16, 32
+VOCABULARY = 12288
+DEVICE, HIDDEN, LAYERS = "cpu", 768, 8
 FUSED: list[Any] = []
 PAIRS = (("ours", "peft"), ("dora", "peft_dora"))
 Side = tuple[nn.Module, list[nn.Parameter]]
@@ -43,11 +45,24 @@ Side = tuple[nn.Module, list[nn.Parameter]]
 
 def base(dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
+    heads = HIDDEN // 64 if HIDDEN < 2048 else HIDDEN // 128
     config = LlamaConfig(
-        vocab_size=12288, hidden_size=768, intermediate_size=2048, num_hidden_layers=LAYERS, num_attention_heads=12,
-        num_key_value_heads=12, max_position_embeddings=2048, tie_word_embeddings=False, use_cache=False,
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=HIDDEN * 8 // 3, num_hidden_layers=LAYERS,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, tie_word_embeddings=False,
+        use_cache=False,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype).requires_grad_(False).train()
+    with torch.device(DEVICE):
+        return LlamaForCausalLM(config).to(dtype).requires_grad_(False).train()
+
+
+def wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def ids_of(count: int, rows: int, length: int) -> Tensor:
+    drawn = torch.randint(0, VOCABULARY, (count, rows, length), generator=torch.Generator().manual_seed(0))
+    return drawn.to(DEVICE)
 
 
 def build(side: str, model: nn.Module, dropout: float) -> Side:
@@ -85,8 +100,10 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 def step(side: Side, ids: Tensor) -> float:
     model, parameters = side
+    wait()
     began = time.perf_counter()
     loss_of(model, ids).backward()
+    wait()
     seconds = time.perf_counter() - began
     for parameter in parameters:
         parameter.grad = None
@@ -133,7 +150,7 @@ def losses(side: Side, ids: Sequence[Tensor]) -> list[float]:
 
 def compare(dtype: str, sides: Sequence[str], rows: int, length: int, rounds: int, dropout: float) -> dict[str, Any]:
     model = base(DTYPES[dtype])
-    batches = list(torch.randint(0, 12288, (5, rows, length), generator=torch.Generator().manual_seed(0)))
+    batches = list(ids_of(5, rows, length))
     built = {side: build(side, model, dropout) for side in sides}
     for side, twin in (("peft", "ours"), ("peft_cast", "ours"), ("peft_dora", "dora")):
         if side in built and twin in built:
@@ -160,8 +177,14 @@ def compare(dtype: str, sides: Sequence[str], rows: int, length: int, rounds: in
 def peak(side: str, dtype: str, rows: int, length: int, dropout: float) -> int:
     """Highest resident size during two steps above that of the loaded model, in this process."""
     one = build(side, base(DTYPES[dtype]), dropout)
-    ids = torch.randint(0, 12288, (rows, length), generator=torch.Generator().manual_seed(0))
+    ids = ids_of(1, rows, length)[0]
     gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(2):
+            step(one, ids)
+        return torch.cuda.max_memory_allocated() - before
     with highest() as size:
         for _ in range(2):
             step(one, ids)
@@ -171,7 +194,8 @@ def peak(side: str, dtype: str, rows: int, length: int, dropout: float) -> int:
 def apart(function: str, *given: Any) -> Any:
     """A function of this file in a process of its own, which leaves no memory to the next; its result as JSON."""
     call = (
-        f"import json; from benchmarks import step; print(json.dumps(step.{function}({', '.join(map(repr, given))})))"
+        f"import json; from benchmarks import step; step.DEVICE, step.HIDDEN, step.LAYERS = {DEVICE, HIDDEN, LAYERS}; "
+        f"print(json.dumps(step.{function}({', '.join(map(repr, given))})))"
     )
     done = subprocess.run([sys.executable, "-c", call], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -186,10 +210,16 @@ def main(arguments: list[str]) -> None:
     options.add_argument("--dropout", type=float, default=0.0)
     options.add_argument("--memory", action="store_true", help="the peak of the resident size too")
     options.add_argument("--dry", action="store_true", help="print, and keep no result")
+    options.add_argument("--device", default=DEVICE)
+    options.add_argument("--hidden", type=int, default=HIDDEN)
+    options.add_argument("--layers", type=int, default=LAYERS)
     args = options.parse_args(arguments)
+    globals().update(DEVICE=args.device, HIDDEN=args.hidden, LAYERS=args.layers)
     found: dict[str, Any] = {"threads": torch.get_num_threads(), "rounds": args.rounds, "dropout": args.dropout}
     write: Callable[[str, dict[str, Any]], None] = (lambda _, result: print(result)) if args.dry else keep
     sides = args.sides.split(",")
+    if args.device == "cuda":
+        found["device"] = f"{torch.cuda.get_device_name()}, hidden {args.hidden}, {args.layers} layers"
     for dtype in args.dtypes.split(","):
         for shape in args.shapes.split(","):
             rows, length = map(int, shape.split("x"))
@@ -199,4 +229,4 @@ def main(arguments: list[str]) -> None:
                 one["peak_megabytes"] = {side: round(size / 1e6, 1) for side, size in peaks.items()}
             found[f"{dtype} {shape}"] = one
             print(dtype, shape, one, flush=True)
-    write("step_dropout" if args.dropout else "step", found)
+    write("_".join(["step", *["dropout"] * bool(args.dropout), *["cuda"] * (args.device == "cuda")]), found)

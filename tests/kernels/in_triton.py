@@ -1,13 +1,20 @@
-"""Run by test_twins in a process of its own, with TRITON_INTERPRET=1: the kernels beside their plain twins, on the CPU."""
+"""Run by test_twins in a process of its own, with TRITON_INTERPRET=1: the kernels beside their plain twins, on the CPU.
+
+Without that variable the same runs on a CUDA device: `python tests/kernels/in_triton.py`.
+"""
 
 import math
+import os
 
 import torch
 import torch.nn.functional as F
 
 import deltaw
-from deltaw.kernels import glu, twins
+from deltaw.kernels import dropout, glu, thin, twins
 from deltaw.kernels.grouped import grouped
+from deltaw.kernels.lora import lora_linear
+
+torch.set_default_device("cpu" if os.environ.get("TRITON_INTERPRET") else "cuda")
 
 
 def products(dtype: torch.dtype, kind: str) -> None:
@@ -47,6 +54,47 @@ def whole_layer() -> None:
     assert twins._TRUST[("product", "silu", gate.device, gate.dtype)]
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+def low_rank(dtype: torch.dtype, rows: int, inputs: int, outputs: int, ranks: int, p: float, dora: bool) -> None:
+    """A layer with a LoRA, forward and backward, with dropout and a gain: what training calls."""
+    torch.manual_seed(1)
+    x = torch.randn(2, rows, inputs, dtype=dtype, requires_grad=True)
+    w, bias = torch.randn(outputs, inputs, dtype=dtype) / math.sqrt(inputs), torch.randn(outputs, dtype=dtype)
+    a = (torch.randn(ranks, inputs) / math.sqrt(inputs)).requires_grad_()
+    b = (torch.randn(outputs, ranks) / math.sqrt(ranks)).requires_grad_()
+    gain = (1 + 0.3 * torch.randn(outputs)).requires_grad_() if dora else None
+    wanted = [t for t in (x, a, b, gain) if t is not None]
+    g, found = torch.randn(2, rows, outputs, dtype=dtype), []
+    for on in (True, False):
+        twins.ON = lambda x: True
+        if not on:  # the plain twin, with the same mask
+            thin.usable = lambda *given: False
+        torch.manual_seed(2)
+        y = lora_linear(x, w, bias, (a, b, 1.5, gain, p))
+        found.append([y.detach(), *torch.autograd.grad(y, wanted, g)])
+    thin.usable = USABLE
+    assert thin._trusted(x, thin._power(ranks))
+    near = 2e-5 if dtype == torch.float32 else 2e-2
+    for ours, plain in zip(*found, strict=True):
+        size = plain.float().abs().max()
+        torch.testing.assert_close(ours / size, plain / size, rtol=near, atol=near)
+
+
+def dropped() -> None:
+    """The mask is the same for the same seed, another for another one, and has the share of ones that it says."""
+    x = torch.zeros(400, 500)
+    first, again, other = (
+        dropout.mask(x, torch.tensor(seed, device="cpu"), 0.3) for seed in (5 << 40, 5 << 40, 6 << 40)
+    )
+    assert thin.draws(x) and torch.equal(first, again)
+    assert abs(float(first.mean()) - 0.7) < 0.004 and abs(float((first == other).float().mean()) - 0.58) < 0.004
+    for shift in (1, 2, 500):  # neighbours in a row and below each other tell nothing of one another
+        flat = first.flatten()
+        assert abs(float((flat[shift:] * flat[:-shift]).mean()) - 0.49) < 0.004
+    low = [dropout.mask(x, torch.tensor(seed, device="cpu"), 0.5).flatten() for seed in range(8)]
+    alike = torch.stack(low) @ torch.stack(low).T / x.numel()
+    assert (alike - torch.eye(8) * 0.25 - 0.25).abs().max() < 0.005
 
 
 def served() -> None:
@@ -96,6 +144,12 @@ def failing() -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
+    USABLE, thin.FEWEST_ROWS, twins.ON = thin.usable, 1, lambda x: True
+    dropped()
+    # the interpreter multiplies matrices of bf16 as if their bits were integers
+    for dtype in (torch.float32, torch.float16 if os.environ.get("TRITON_INTERPRET") else torch.bfloat16):
+        for sizes in ((40, 130, 70, 4, 0.0, False), (35, 64, 140, 20, 0.25, False), (33, 50, 60, 16, 0.1, True)):
+            low_rank(dtype, *sizes)
     for dtype in (torch.float32, torch.bfloat16):
         for kind in glu.ACTIVATIONS:
             products(dtype, kind)

@@ -11,7 +11,9 @@ the forward ends a compiled graph.
 import torch
 from torch import Tensor
 
-_STEPS = 1 << 16
+from deltaw.kernels import thin
+
+_STEPS = thin.STEPS
 
 
 def new_seed() -> Tensor:
@@ -22,6 +24,11 @@ def new_seed() -> Tensor:
 def kept(p: float) -> float:
     """The share of elements that stay."""
     return 1 - _dropped(p) / _STEPS
+
+
+def drawn(seed: Tensor | None, p: float) -> thin.Drawn:
+    """What the kernels of `thin` draw this mask from."""
+    return thin.NONE if seed is None else thin.drawn(seed, _dropped(p))
 
 
 def _dropped(p: float) -> int:
@@ -35,6 +42,8 @@ def mask(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 @torch.library.custom_op("deltaw::dropout_mask", mutates_args=())
 def _mask(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    if thin.draws(x):
+        return thin.mask(x, seed, _dropped(p))
     generator = torch.Generator(x.device).manual_seed(int(seed))
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     bits = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()].view(x.shape)

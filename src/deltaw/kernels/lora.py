@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from deltaw.kernels.dropout import kept, mask, new_seed
+from deltaw.kernels import thin
+from deltaw.kernels.dropout import drawn, kept, mask, new_seed
 
 Change = tuple[Tensor, Tensor, float | Tensor, Tensor | None, float]
 """a [r, in], b [out, r], scale (a number or a 0-dim tensor), gain [out] or None, share of D(x) that is dropped."""
@@ -29,8 +30,13 @@ def forward(
     scale: float | Tensor, p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, and to keep: h, and z (empty without a gain)."""
-    y, h = F.linear(x, weight, bias), F.linear(x if seed is None else x * mask(x, seed, p), a.to(x.dtype))
-    y.flatten(0, -2).addmm_(h.flatten(0, -2), _up(b, scale, p, x.dtype).T)
+    y = F.linear(x, weight, bias)
+    if y.is_contiguous() and thin.usable(x, a, b, scale):
+        h = thin.down(x.flatten(0, -2).contiguous(), a, by=drawn(seed, p)).view(*x.shape[:-1], -1)
+        thin.add(y.flatten(0, -2), h.flatten(0, -2), b.T, float(scale) / kept(p))
+    else:
+        h = F.linear(x if seed is None else x * mask(x, seed, p), a.to(x.dtype))
+        y.flatten(0, -2).addmm_(h.flatten(0, -2), _up(b, scale, p, x.dtype).T)
     if gain is None:
         return y, h, y.new_empty(0)
     z = y if bias is None else y - bias
@@ -42,15 +48,19 @@ def backward(
     scale: float | Tensor, p: float, h: Tensor, z: Tensor, wanted: tuple[bool, ...] = (True, True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Of g [T, out] and x [T, in]: dx (in the weight's layout, [T, in]), da, db, dgain; wanted: which of them."""
-    down, up, dgain = a.to(x.dtype), _up(b, scale, p, x.dtype), None
-    ones = None if seed is None else mask(x, seed, p)
-    inner = x if ones is None else x * ones
     if torch.is_grad_enabled():  # the backward pass is itself differentiated: what was kept has no history
-        h = inner @ down.T
-        z = z if gain is None else x @ weight.T + h @ up.T
+        h = (x if seed is None else x * mask(x, seed, p)) @ a.to(x.dtype).T
+        z = z if gain is None else x @ weight.T + h @ _up(b, scale, p, x.dtype).T
+    dgain = None
     if gain is not None:
         dgain = (g * z).sum(0, dtype=gain.dtype) if wanted[3] else None
         g = torch.addcmul(g, g, (gain - 1).to(g.dtype))
+    if not torch.is_grad_enabled() and thin.usable(x, a, b, scale):
+        by, alpha = drawn(seed, p), float(scale) / kept(p)
+        return *_thin(g.contiguous(), x.contiguous(), weight, a, b, by, alpha, h.contiguous(), wanted), dgain
+    down, up = a.to(x.dtype), _up(b, scale, p, x.dtype)
+    ones = None if seed is None else mask(x, seed, p)
+    inner = x if ones is None else x * ones
     q = g @ up  # [T, r]
     dx = g @ weight if wanted[0] else None
     if dx is not None:
@@ -58,6 +68,17 @@ def backward(
     da = (q.T @ inner).to(a.dtype) if wanted[1] else None
     db = scale / kept(p) * (g.T @ h).to(b.dtype) if wanted[2] else None
     return dx, da, db, dgain
+
+
+def _thin(
+    g: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, by: thin.Drawn, scale: float, h: Tensor,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dx, da, db in the kernels of `thin`."""
+    q = thin.down(g, b.T, scale)
+    dx = thin.add(g @ weight, q, a, by=by) if wanted[0] else None
+    da = thin.outer(q, x, by=by) if wanted[1] else None
+    return dx, da, thin.outer(h, g, scale, turned=True) if wanted[2] else None
 
 
 def _up(b: Tensor, scale: float | Tensor, p: float, dtype: torch.dtype) -> Tensor:

@@ -5,8 +5,8 @@
     grouped        y[b] += w_b · (x[b] a_kᵀ) bt_k, k the adapter of row b, fp32 factors read once  plain: kernels/grouped.py
 
 A kernel is used on a device and dtype once it gave there, on a small input, what its plain twin gives (`trusted`);
-where it does not, or cannot be compiled, the plain twin runs and says so in the log. They have not run on a device yet:
-they are tested in Triton's interpreter (tests/kernels/test_twins.py).
+where it does not, or cannot be compiled, the plain twin runs and says so in the log. Tests run them in Triton's interpreter
+(tests/kernels/test_twins.py). The products of a low-rank change are in kernels/thin.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import logging
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 tl: Any = None  # triton.language, once a kernel is compiled: Triton looks it up here
 ON: Callable[[Tensor], bool] = lambda x: x.is_cuda  # noqa: E731
+HELPERS = ("_act",)
+VARIES = ("low", "high", "dropped", "scale")  # numbers that a kernel is not compiled anew for
 BLOCK = 1024
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}  # they compute in fp32
 
@@ -87,15 +90,17 @@ def _expand(y, h, bt, weights, steps, n, outputs, ranks, R: tl.constexpr, SIZE: 
 
 
 @functools.cache
-def _compiled(kernel: Any) -> Any:
+def compiled(kernel: Any) -> Any:
+    """A function of a file with HELPERS, the functions that its kernels call, as a Triton kernel."""
     import triton
     import triton.language
 
-    module = globals()
-    module["tl"] = triton.language
-    if not hasattr(module["_act"], "fn"):
-        module["_act"] = triton.jit(module["_act"])
-    return triton.jit(kernel)
+    module: Any = sys.modules[kernel.__module__]
+    module.tl = triton.language
+    for name in module.HELPERS:
+        if not hasattr(getattr(module, name), "fn"):
+            setattr(module, name, triton.jit(getattr(module, name)))
+    return triton.jit(kernel, do_not_specialize=VARIES)
 
 
 def _blocks(n: int, size: int) -> int:
@@ -106,7 +111,7 @@ def product(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """act(gate) ⊙ up. kind: a key of `kernels.glu.ACTIVATIONS`."""
     gate, up = gate.contiguous(), up.contiguous()
     p = torch.empty_like(gate)
-    _compiled(_product)[(_blocks(p.numel(), BLOCK),)](gate, up, p, p.numel(), kind, BLOCK)
+    compiled(_product)[(_blocks(p.numel(), BLOCK),)](gate, up, p, p.numel(), kind, BLOCK)
     return p
 
 
@@ -114,7 +119,7 @@ def product_back(dp: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tenso
     """The gradients of gate and up."""
     dp, gate, up = dp.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    _compiled(_product_back)[(_blocks(dp.numel(), BLOCK),)](dp, gate, up, dgate, dup, dp.numel(), kind, BLOCK)
+    compiled(_product_back)[(_blocks(dp.numel(), BLOCK),)](dp, gate, up, dgate, dup, dp.numel(), kind, BLOCK)
     return dgate, dup
 
 
@@ -125,14 +130,16 @@ def grouped(y: Tensor, x: Tensor, a: Tensor, bt: Tensor, weights: Tensor) -> Ten
     power = 1 << (ranks - 1).bit_length()
     h = torch.empty(count * n * steps, ranks, dtype=torch.float32, device=x.device)
     tokens, inputs, outputs = len(h), a.shape[2], bt.shape[2]
-    _compiled(_shrink)[(tokens,)](x, a, h, steps, n, inputs, ranks, power, size)
-    _compiled(_expand)[(tokens, _blocks(outputs, size))](y, h, bt, weights, steps, n, outputs, ranks, power, size)
+    compiled(_shrink)[(tokens,)](x, a, h, steps, n, inputs, ranks, power, size)
+    compiled(_expand)[(tokens, _blocks(outputs, size))](y, h, bt, weights, steps, n, outputs, ranks, power, size)
     return y
 
 
 def usable(x: Tensor) -> bool:
-    """Is x where these can run? In a compiled graph the compiler fuses by itself."""
-    return ON(x) and x.dtype in DTYPES and not torch.compiler.is_compiling() and _there()
+    """Is x where these can run? In a compiled graph the compiler fuses by itself; other kinds of tensors, and those that
+    torch.func transforms, have no memory to give."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and not torch._C._are_functorch_transforms_active()
+    return ON(x) and x.dtype in DTYPES and plain and not torch.compiler.is_compiling() and _there()
 
 
 @functools.cache
