@@ -170,9 +170,10 @@ def bypassed(modules: Modules, path: str) -> str | None:
 @functools.cache
 def _reader(cls: Any, name: str) -> str | None:
     """The method of a class that computes with `self.<name>.weight`; questions about its dtype or shape do not count."""
+    texts = [(method, text) for method, text in _sources(cls) if f"self.{name}.weight" in text]
     asks = r"\.(?:dtype|device|shape|size|ndim|dim|data|numel|requires_grad)\b"
-    reads = re.compile(rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!\s*=[^=]|\[|{asks})")
-    return next((method for method, text in _sources(cls) if reads.search(text)), None)
+    reads = rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!\s*=[^=]|\[|{asks})"
+    return next((method for method, text in texts if re.search(reads, text)), None)
 
 
 @functools.cache

@@ -18,6 +18,10 @@ from deltaw.kernels.grouped import grouped
 from deltaw.kernels.lora import lora_add, lora_linear
 
 
+def _autocast(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # an outline has none
+
+
 @register(nn.Linear)
 class LinearHost(WeightHost):
     module: Any
@@ -45,7 +49,7 @@ class LinearHost(WeightHost):
         one = frozen is not None and len(args) + len(kwargs) == 1
         first = one and there is not None and bool(there.live) and there.live[0][0] is adapter
         own = first and self._pristine
-        change = None if torch.is_autocast_enabled(x.device.type) else adapter.as_change(self, strength, own)
+        change = None if _autocast(x) else adapter.as_change(self, strength, own)
         if change is None:
             return super().adapted(adapter, call, strength, *args, **kwargs)
         return (
@@ -57,7 +61,7 @@ class LinearHost(WeightHost):
     def simple(self) -> tuple[Tensor, Tensor | None, Any] | None:
         live = found.live if (found := carried(self.module)) is not None else ()
         frozen = self._frozen()
-        if frozen is None or len(live) > 1 or torch.is_autocast_enabled(frozen[0].device.type):
+        if frozen is None or len(live) > 1 or _autocast(frozen[0]):
             return None
         if not live:
             return *frozen, None

@@ -61,11 +61,15 @@ class Summed(Function):
 class SFTLoss:
     """Callable on a batch: (summed loss, number of supervised tokens). Made once per model; probes it at once."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, gathers: bool | None = None, device: str | None = None):
+        """gathers: are the logits head(hidden) and nothing else? Tried where it is not said. device: of an outline."""
         self.model = model
+        kind = device or next(model.parameters()).device.type
+        self.values = CHUNK_VALUES if kind == "cpu" else 4 * CHUNK_VALUES
         self.body = getattr(model, "base_model", model)
         self.head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        self.gathers = self.head is not None and self.body is not model and self._head_is_all()
+        there = self.head is not None and self.body is not model
+        self.gathers = there and (self._head_is_all() if gathers is None else gathers)
 
     @torch.no_grad()
     def _head_is_all(self) -> bool:
@@ -90,18 +94,20 @@ class SFTLoss:
             logits = self.model(**inputs, use_cache=False).logits[:, :-1]
             return F.cross_entropy(logits[chosen].float(), wanted, reduction="sum"), count
         hidden = self.body(**inputs, use_cache=False)[0][:, :-1][chosen]  # [N, H]
-        values = CHUNK_VALUES if hidden.device.type == "cpu" else 4 * CHUNK_VALUES
-        size = max(64, values // self.head.weight.shape[0])
-        if len(wanted) <= size:
-            return self._sum(hidden, wanted), count
+        return self.summed(hidden, wanted), count
+
+    def summed(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """Σ −log p of what is supervised: hidden [N, H], wanted [N]."""
+        size = max(64, self.values // self.head.weight.shape[0])
+        parts = list(zip(hidden.split(size), wanted.split(size), strict=True))
+        if len(parts) == 1:
+            return self._sum(hidden, wanted)
         if not torch.is_grad_enabled():
-            parts = zip(hidden.split(size), wanted.split(size), strict=True)
-            return torch.stack([self._sum(rows, targets) for rows, targets in parts]).sum(), count
+            return torch.stack([self._sum(*part) for part in parts]).sum()
         if any(module._forward_hooks or module._forward_pre_hooks for module in self.head.modules()):
-            chunks = zip(hidden.split(size), wanted.split(size), strict=True)
-            return torch.stack([checkpoint(self._sum, *chunk, use_reentrant=False) for chunk in chunks]).sum(), count
+            return torch.stack([checkpoint(self._sum, *part, use_reentrant=False) for part in parts]).sum()
         trained = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
-        return Summed.apply(self._sum, size, hidden, wanted, *trained), count
+        return Summed.apply(self._sum, size, hidden, wanted, *trained)  # type: ignore[no-any-return]
 
     def _sum(self, hidden: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(self.head(hidden).float(), wanted, reduction="sum")

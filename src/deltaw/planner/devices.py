@@ -1,0 +1,157 @@
+"""What a run may be paid for with: memory, speed of matrix products and of memory, of this machine and of known cards.
+
+    seconds of a step = Σ over its operators of max(operations / flops, bytes / bandwidth, launch)
+
+Cards are by their vendors' data sheets (dense products with sums in fp32), slowed down to what such products and copies
+reach in practice: REACHED, measured on an H200 (docs/memory.md). This machine is measured, which takes about a second, and
+remembered in a file of the user's cache.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from deltaw.core.errors import UseError, did_you_mean
+from deltaw.core.files import write_text
+
+REACHED = {"flops": 0.65, "bandwidth": 0.75}
+"""Shares of a data sheet's figures that a training step's products and passes reach."""
+LAUNCH = 6e-6
+"""Seconds between two kernels of a step that is run operator by operator, whatever they do."""
+GB, GiB = 10**9, 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """memory in bytes; flops a second by dtype; bandwidth in bytes a second; seconds that any operator takes."""
+
+    name: str
+    kind: str
+    """cpu or cuda"""
+    memory: int
+    flops: dict[str, float]
+    bandwidth: float
+    launch: float = LAUNCH
+    measured: bool = False
+
+
+def _card(name: str, gigabytes: float, bf16: float, fp32: float, bandwidth: float) -> Device:
+    return Device(name, "cuda", int(gigabytes * GiB), {"bf16": bf16 * 1e12, "fp32": fp32 * 1e12}, bandwidth * GB)
+
+
+# usable GiB (what the driver reports), TFLOP/s of bf16 (fp16 where there is none) and fp32, GB/s
+CARDS = {
+    card.name: card
+    for card in (
+        _card("t4-16g", 14.7, 65, 8.1, 320),
+        _card("rtx3060-12g", 11.7, 51, 12.7, 360),
+        _card("rtx3090-24g", 23.6, 71, 35.6, 936),
+        _card("rtx4090-24g", 23.5, 165, 82.6, 1008),
+        _card("rtx5090-32g", 31.4, 209, 104.8, 1792),
+        _card("l4-24g", 22.0, 121, 30.3, 300),
+        _card("a10g-24g", 22.0, 70, 31.2, 600),
+        _card("a6000-48g", 47.4, 155, 38.7, 768),
+        _card("l40s-48g", 44.4, 362, 91.6, 864),
+        _card("a100-40g", 39.4, 312, 19.5, 1555),
+        _card("a100-80g", 79.2, 312, 19.5, 2039),
+        _card("h100-80g", 79.2, 989, 67.0, 3350),
+        _card("h200-141g", 139.8, 989, 67.0, 4800),
+        _card("b200-180g", 178.0, 2250, 75.0, 8000),
+    )
+}
+
+
+def named(name: str, here: Callable[[], Device]) -> Device:
+    """A device by its name: `here`, a card, or cpu-16g for this machine's processor with so many GB. UseError otherwise."""
+    if name == "here":
+        return here()
+    if name in CARDS:
+        card = CARDS[name]
+        flops = {dtype: value * REACHED["flops"] for dtype, value in card.flops.items()}
+        return replace(card, flops=flops, bandwidth=card.bandwidth * REACHED["bandwidth"])
+    kind, _, size = name.partition("-")
+    if kind == "cpu" and size.endswith("g") and size[:-1].isdigit() and int(size[:-1]):
+        return replace(measured(torch.device("cpu")), name=name, memory=int(size[:-1]) * GiB)
+    raise UseError(
+        f"no device {name!r}{did_you_mean(name, CARDS)}: write here, cpu-24g (any number of GB), or one of {', '.join(CARDS)}"
+    )
+
+
+def fits(peak: int, device: Device) -> bool:
+    """With the room that a driver, a context and fragments of an allocator take: see `reserve`."""
+    return peak + reserve(peak, device) <= device.memory
+
+
+def reserve(peak: int, device: Device) -> int:
+    """Bytes of a device that are no tensor's: 0.6 GiB of context and 4 % of fragments; on a CPU 1 GiB for the system."""
+    return int(0.6 * GiB + 0.04 * peak) if device.kind == "cuda" else GiB
+
+
+def seconds(work: Iterable[tuple[int, int, float]], device: Device, dtype: str) -> float:
+    """Of a step: (operations, bytes, how many times) of its operators."""
+    flops = device.flops[dtype]
+    return sum(n * max(done / flops, moved / device.bandwidth, device.launch) for done, moved, n in work)
+
+
+def measured(device: torch.device) -> Device:
+    """This machine's device, measured once and then read from the user's cache."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    key = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaw" / "devices.json"
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or cut off: it is measured again
+        known = {}
+    if key not in known:
+        known[key] = asdict(_measure(device, name))
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(known, indent=1))
+        except OSError:  # a home that cannot be written: it is measured each time
+            return Device(**known[key])
+    return replace(Device(**known[key]), memory=_memory(device))
+
+
+def _measure(device: torch.device, name: str) -> Device:
+    size = 8192 if device.type == "cuda" else 1024
+    flops = {}
+    for label, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        flops[label] = 2 * size**3 / _timed(lambda a=a, b=b: a @ b, device)
+    x = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
+    y, few = torch.empty_like(x), torch.randn(8, device=device)
+    bandwidth = 2 * x.numel() * 4 / _timed(lambda: y.copy_(x), device)
+    launch = _timed(lambda: [few.add(1) for _ in range(100)], device) / 100
+    return Device(name, device.type, _memory(device), flops, bandwidth, max(launch, 1e-6), measured=True)
+
+
+def _timed(act: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
+    def once() -> float:
+        began = time.perf_counter()
+        act()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    once()
+    return statistics.median(once() for _ in range(rounds))
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # no such question on this system
+        return 16 * GiB
+
+
+def _processor() -> str:
+    return platform.processor() or platform.machine()

@@ -1,0 +1,252 @@
+"""A training step without numbers: the code that will train, on tensors that have shapes and no memory (meta device).
+
+    outline of the base + adapters + fused MLPs → forward, loss, backward on [rows, length] ids
+        every tensor that comes to life or dies → bytes alive, at the end of the forward and at most
+        every operator that computes            → multiplications and bytes moved
+
+So that kernels, checkpointing, methods and architectures need no formula of their own: what is counted is what they do.
+What no tensor shows is not here: the base's own weights (planner/memory.py), the memory a library takes for itself, and
+what an allocator rounds up. Attention goes through the kernel that the device would take, not through the one of the meta
+device, which writes out [length, length].
+"""
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from deltaw.core.attach import trainable
+from deltaw.core.base import by_path
+from deltaw.core.host import host_of
+from deltaw.core.place import place
+from deltaw.core.plan import TargetPlan
+from deltaw.fusion.mlp import fused
+from deltaw.infer.loss import SFTLoss
+
+aten: Any = torch.ops.aten
+NAME = "rehearsal"
+FEW = (2, 4)  # layers that stand for many
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of one step: bytes alive beside weights, adapters and optimizer, and what was computed."""
+
+    saved: float
+    """After the forward pass: what is kept for the backward pass."""
+    forward: float
+    """At most, in the forward pass, the loss, and the backward pass."""
+    loss: float
+    backward: float
+    evaluation: float
+    """At most in an evaluation of the same rows."""
+    gradients: float
+    work: tuple[tuple[int, int, float], ...]
+    """(floating-point operations, bytes read and written, how many times) of every operator."""
+
+    @property
+    def peak(self) -> float:
+        return max(self.forward, self.loss, self.backward)
+
+    def deeper(self, other: "Counted", times: float) -> "Counted":
+        """This and `times` what `other` has more than it."""
+        numbers = (f.name for f in dataclasses.fields(self) if f.name != "work")
+        grown = {name: (1 - times) * getattr(self, name) + times * getattr(other, name) for name in numbers}
+        work = [*((*one, (1 - times) * n) for *one, n in self.work), *((*one, times * n) for *one, n in other.work)]
+        return Counted(**grown, work=tuple(work))  # type: ignore[arg-type]
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the storages that are alive, of those made while it is on, and not of the model's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.work: list[tuple[int, int]] = []
+        there = (t.untyped_storage() for t in (*model.parameters(), *model.buffers()))
+        self._known: dict[int, Any] = {storage._cdata: storage for storage in there}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is aten._local_scalar_dense.default:  # models ask whether all positions are in order: they are
+            return 1
+        out = func(*args, **given)
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        for tensor in made:
+            self._see(tensor)
+        if not func.is_view and made:
+            read = [t for t in tree_leaves((args, given)) if isinstance(t, Tensor)]
+            moved = sum(t.numel() * t.element_size() for t in (*read, *made))
+            count = flop_registry.get(func._overloadpacket)
+            self.work.append((int(count(*args, **given, out_val=out)) if count else 0, moved))
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+
+        def gone(_: Any) -> None:
+            self.alive -= size
+            self._known.pop(key, None)
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+
+@contextlib.contextmanager
+def _attention(device: str) -> Iterator[None]:
+    """Outlines attend as `device` does; tensors with numbers in them, of other threads, as ever."""
+    own = F.scaled_dot_product_attention
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        if q.device.type != "meta":
+            return own(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if enable_gqa:
+            k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, 0.0)
+        if device == "cpu":
+            kernel = aten._scaled_dot_product_flash_attention_for_cpu
+            return kernel(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]  # type: ignore[no-any-return]
+        if attn_mask is None and q.dtype != torch.float32:
+            return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
+        kernel = aten._scaled_dot_product_efficient_attention
+        return kernel(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
+
+    F.scaled_dot_product_attention = (
+        attend  # a mode of torch would not hold in the backward pass, where checkpoints run
+    )
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
+
+
+def dress(model: nn.Module, plan: TargetPlan) -> None:
+    """The adapters of a plan on an outline: their shapes, not what they start from."""
+    there, built = by_path(model), []
+    for target in plan.targets:
+        host = host_of(there[target.site.path], target.site.slot, target.method.host)
+        with torch.device("meta"):
+            built.append((target.site, target.method.build(target.spec).to(host.device), target.method))
+    place(model, NAME, built)
+    trainable(model, NAME)
+
+
+@contextlib.contextmanager
+def _checkpointing(model: Any, on: bool) -> Iterator[None]:
+    if on:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if on:
+            model.activation_checkpointing_disable()
+
+
+def rehearse(
+    model: Any, rows: int, length: int, *, device: str = "cpu", padded: bool = True, supervised: float = 1.0,
+    checkpointing: bool = False, accumulated: bool = False,
+) -> Counted:  # fmt: skip
+    """A step of a dressed outline, in its own dtype: forward, loss and backward of one batch; an evaluation of it.
+
+    device: cpu or cuda, for the attention kernel; padded: are rows of unlike length, so that a mask is needed;
+    supervised: share of the positions that are learnt; accumulated: are gradients of an earlier batch there?
+    Where all layers are alike, a few of them stand for all.
+    """
+    options = {"device": device, "padded": padded, "supervised": supervised, "checkpointing": checkpointing}
+    layers = _alike(model)
+    if layers is None or accumulated:
+        return _rehearse(model, rows, length, accumulated=accumulated, **options)
+    found, there = [], dict(layers._modules)
+    try:
+        for count in FEW:
+            layers._modules = dict(list(there.items())[:count])
+            found.append(_rehearse(model, rows, length, **options))
+    finally:
+        layers._modules = there
+    return found[0].deeper(found[1], (len(there) - FEW[0]) / (FEW[1] - FEW[0]))
+
+
+def _rehearse(
+    model: Any, rows: int, length: int, *, device: str, padded: bool, supervised: float, checkpointing: bool,
+    accumulated: bool = False,
+) -> Counted:  # fmt: skip
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in parameters)
+    if accumulated:
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+    meter, loss = Meter(model), SFTLoss(model, gathers=True, device=device)
+    count = max(1, round(rows * (length - 1) * supervised))
+    peaks = []
+
+    def passed() -> None:
+        peaks.append(meter.peak)
+        meter.peak = meter.alive
+
+    def forward() -> Tensor:
+        ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
+        mask = torch.empty(rows, 1, length, length, dtype=torch.bool, device="meta") if padded else None
+        hidden = loss.body(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        return hidden[:, :-1].reshape(-1, hidden.shape[-1])[:count].clone()
+
+    def learn() -> None:
+        chosen = forward()
+        passed()
+        peaks.append(meter.alive)
+        total = loss.summed(chosen, torch.empty(count, dtype=torch.int64, device="meta"))
+        del chosen
+        passed()
+        total.backward()
+        passed()
+
+    with fused(model), _checkpointing(model, checkpointing), _attention(device), meter:
+        model.train()
+        learn()
+        work = tuple((done, moved, 1.0) for done, moved in meter.work)
+        for parameter in parameters:
+            parameter.grad = None
+        model.eval()
+        meter.peak = meter.alive
+        with torch.no_grad():
+            loss.summed(forward(), torch.empty(count, dtype=torch.int64, device="meta"))
+        passed()
+    extra = gradients if accumulated else 0  # those of the earlier batch, which the meter did not see being made
+    first, saved, second, third, evaluation = peaks
+    return Counted(saved + extra, first + extra, second + extra, third + extra, evaluation, gradients, work)
+
+
+def _alike(model: nn.Module) -> nn.ModuleList | None:
+    """The largest list of layers that are all alike, if it is long enough to be worth it."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > FEW[1]]
+    same = [m for m in lists if len({_signature(layer) for layer in m}) == 1]
+    return max(same, key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
+
+
+def _signature(layer: nn.Module) -> Any:
+    """Classes, shapes and plain attributes of a layer and all below it, but for its number."""
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (
+            path, type(module), tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in module._parameters.items() if p is not None),
+            tuple((n, v) for n, v in vars(module).items() if isinstance(v, plain) and n != "layer_idx"),
+        )
+        for path, module in layer.named_modules()
+    )  # fmt: skip
