@@ -114,6 +114,7 @@ def test_a_departure_is_warned_of(departure: Situation, field: str, words: list[
         dataclasses.replace(GOOD, batch=32),
         dataclasses.replace(GOOD, method="full", layers=(), learning_rate=4e-5, rank=None, alpha=None),
         dataclasses.replace(GOOD, rows=None, tokens=None),
+        without("q_proj", "k_proj", "v_proj", "o_proj", tokens=None),
     ],
 )
 def test_what_is_usual_is_not(harmless: Situation) -> None:

@@ -5,6 +5,7 @@ the result. Pure: facts in, sentences out. What is said of them without evidence
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -134,13 +135,19 @@ def _rate_of_lora(parameters: int) -> tuple[float, str, str, str]:
     return 1e-4, "half of what smaller bases take", by.TOOLS, by.RULE
 
 
+def mlps_alone(s: Situation) -> bool:
+    """Is all that is left out in attention, which adds little to the MLPs?"""
+    return bool(s.left) and all(re.search(r"attn|attention", layer.path.lower()) for layer in s.left)
+
+
 def targets(s: Situation) -> Advice:
     missing = sorted({layer.path.rpartition(".")[2] for layer in s.left})
     why = "all linear layers, or the MLPs, learn at least as well as attention alone at equal size; q and v are no more than a habit"
     if missing:
         why += f". Left out here: {', '.join(missing)}"
     given = s.targets[0] if len(s.targets) == 1 else list(s.targets)
-    return Advice("adapter.targets", given, "all-linear", why, f"{by.REGRET}; {by.LESS}; {by.QLORA}", by.PUBLISHED)
+    wanted = given if mlps_alone(s) else "all-linear"
+    return Advice("adapter.targets", given, wanted, why, f"{by.REGRET}; {by.LESS}; {by.QLORA}", by.PUBLISHED)
 
 
 def epochs(s: Situation) -> Advice:
@@ -235,7 +242,7 @@ def method(s: Situation) -> Advice:
     rank_ = s.rank or 0
     if s.method == "lora" and not s.rslora and rank_ >= 64:
         why += f". At rank {rank_} rslora: true (α/√r) keeps the change from shrinking with the rank"
-        return Advice("adapter.method", s.method, "lora with rslora", why, by.RSLORA, by.PUBLISHED)
+        return Advice("adapter.method", s.method, "lora", why, by.RSLORA, by.PUBLISHED)
     need = needed(s) if s.low_rank else None
     if need is not None and need > 256:
         why = (

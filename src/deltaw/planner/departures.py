@@ -7,7 +7,15 @@ import math
 from collections import Counter
 from typing import Any, NamedTuple
 
-from deltaw.planner.advice import BITS_PER_PARAMETER, BITS_PER_TOKEN, FEW_STEPS, Situation, learning_rate, needed
+from deltaw.planner.advice import (
+    BITS_PER_PARAMETER,
+    BITS_PER_TOKEN,
+    FEW_STEPS,
+    Situation,
+    learning_rate,
+    mlps_alone,
+    needed,
+)
 from deltaw.planner.arithmetic import Layer, share, training_bytes, training_share, unmerged_share
 from deltaw.planner.measured import faster
 
@@ -78,7 +86,7 @@ def _gates(s: Situation) -> list[tuple[str, str]]:
 
 def _left(s: Situation) -> list[tuple[str, str]]:
     missing = set(s.left) - set(gates(s))
-    if not missing or not s.layers:
+    if not missing or not s.layers or mlps_alone(s):
         return []
     weights, all_ = sum(m.weights for m in missing), sum(m.weights for m in (*s.layers, *s.left))
     names = Counter(m.path.rpartition(".")[2] for m in missing)

@@ -153,7 +153,9 @@ def _of(
             hook.remove()
     silent = [t.site.path for t in targets if t.site.path not in gradients]
     if silent:
-        raise UseError(f"no gradient reached {', '.join(silent[:4])}: it did not run; exclude it from the targets")
+        raise UseError(
+            f"no gradient reached {', '.join(silent[:4])}: it did not run; look at more batches, or exclude it"
+        )
     return {t.site.path: _spectrum(gradients.pop(t.site.path), most) for t in targets}
 
 
