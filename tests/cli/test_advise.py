@@ -45,6 +45,8 @@ def test_rows_of_a_configuration_are_read(run: Run, tmp_path: Path) -> None:
     assert found["figures"]["break_even"]["rank"] == pytest.approx(128 * 256 / 384)
     given = {one["field"]: one["given"] for one in found["advice"]}
     assert (given["adapter.rank"], given["adapter.alpha"], given["train.learning_rate"]) == (4, 8.0, 3e-3)
+    summed = advised(run, file, "train.epochs=2", "train.gradient_accumulation=2", "--rows", 2000)
+    assert summed["figures"]["steps"] == 250 and summed["figures"]["supervised_tokens"] is None
 
 
 def test_options_stand_for_rows(run: Run) -> None:

@@ -50,3 +50,8 @@ def test_every_module_keeps_a_rank_and_none_takes_what_it_cannot_use() -> None:
 def test_a_smaller_layer_takes_what_a_larger_one_cannot() -> None:
     large, small = Spectrum(50, 50, [9.0, 900.0 / 101], 20.0), Spectrum(5, 5, [1.0, 0.01], 1.01)
     assert allocate({"large": large, "small": small}, 120, most=2) == {"large": 1, "small": 2}
+
+
+def test_what_counts_is_energy_per_parameter() -> None:
+    large, small = Spectrum(30, 30, [9.0, 3.0], 12.0), Spectrum(10, 10, [9.0, 2.0], 11.0)  # 3/60 against 2/20
+    assert allocate({"large": large, "small": small}, 80 + 60, most=2) == {"large": 1, "small": 2}

@@ -63,13 +63,14 @@ def test_what_cannot_be_probed_is_said(model: torch.nn.Module) -> None:
         spectra(model, plan(model, LoRA(rank=2), "q_proj"), [], 4)
 
 
-def test_a_suggestion_keeps_every_scale(model: torch.nn.Module) -> None:
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_suggestion_keeps_every_scale(model: torch.nn.Module, rslora: bool) -> None:
     planned = plan(model, LoRA(rank=2, alpha=6), "q_proj")
     some = {path: Spectrum(256, 256, [1.0] * 4, 4.0) for path in planned.paths}
     ranks = {path: 1 + number % 3 for number, path in enumerate(planned.paths)}
-    found = Probed(some, dict.fromkeys(ranks, 2), ranks, usual=2, scale=3.0)
-    attached = attach(model, LoRA(**found.adapter), targets="q_proj")
+    found = Probed(some, dict.fromkeys(ranks, 2), ranks, usual=2, scale=3.0, rslora=rslora)
+    attached = attach(model, LoRA(rslora=rslora, **found.adapter), targets="q_proj")
     resolved = {t.site.path: t.method for t in attached.targets if isinstance(t.method, LoRA)}
     detach(model)
     assert {path: method.rank for path, method in resolved.items()} == ranks
-    assert {method.scale for method in resolved.values()} == {3.0}
+    assert [method.scale for method in resolved.values()] == pytest.approx([3.0] * len(ranks))

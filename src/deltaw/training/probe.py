@@ -42,6 +42,7 @@ class Probed:
     usual: int
     """The rank of most modules as configured."""
     scale: float
+    rslora: bool = False
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -57,8 +58,11 @@ class Probed:
     def adapter(self) -> dict[str, Any]:
         """Fields of the `adapter` section. Alphas go with the ranks, so that every module keeps its scale."""
         others = {path: rank for path, rank in self.ranks.items() if rank != self.usual}
-        unit = {path: self.scale * rank for path, rank in others.items()}
-        return {"rank": self.usual, "alpha": self.scale * self.usual, "rank_pattern": others, "alpha_pattern": unit}
+        alphas = {path: self._alpha(rank) for path, rank in others.items()}
+        return {"rank": self.usual, "alpha": self._alpha(self.usual), "rank_pattern": others, "alpha_pattern": alphas}
+
+    def _alpha(self, rank: int) -> float:
+        return self.scale * (math.sqrt(rank) if self.rslora else rank)
 
 
 def probe(config: Config, batches: int = 4) -> Probed:
@@ -84,7 +88,8 @@ def probe(config: Config, batches: int = 4) -> Probed:
     ]
     found = spectra(base.model, plan, looked, MOST * usual)
     uniform = {path: resolved[path].rank or 1 for path in found}
-    return Probed(found, uniform, allocate(found, parameters(found, uniform), MOST * usual), usual, scale)
+    ranks = allocate(found, parameters(found, uniform), MOST * usual)
+    return Probed(found, uniform, ranks, usual, scale, method.rslora)
 
 
 def spectra(
