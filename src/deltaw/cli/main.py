@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from deltaw.cli import chat, evaluate, generate, inspect, merge, mix, plan, quickstart, runs, schema, train  # noqa: F401  the verbs
+from deltaw.cli import chat, doctor, evaluate, generate, inspect, merge, mix, plan, quickstart, runs, schema, train  # noqa: F401  the verbs
 from deltaw.cli.app import app
 from deltaw.core.errors import DeltawError
 

@@ -256,8 +256,8 @@ def _climb(run: Course) -> str:
         return ""
     width, start = max(3, len(numbers) // 5), statistics.fmean(numbers[:first])
     windows = [numbers[place : place + width] for place in range(first, len(numbers) - width + 1)]
-    worst = max(windows, key=statistics.fmean, default=[start])
-    mean, spread = statistics.fmean(worst), statistics.pstdev(worst)
+    highest = max(windows, key=statistics.fmean, default=[start])
+    mean, spread = statistics.fmean(highest), statistics.pstdev(highest)
     if mean - start <= max(CLIMBED * start, 2 * spread / math.sqrt(first), SMALL):
         return ""
     return f"the training loss rose from {start:.4f} to {mean:.4f} (mean of {width} lines)"
