@@ -147,8 +147,8 @@ def test_option_list_is_frozen() -> None:
         "group_by_length", "neftune", "checkpointing", "best", "generate", "metrics", "early_stopping", "report_to",
     ]  # fmt: skip
     assert [f.name for f in dataclasses.fields(schema.DataConfig)] == [
-        "train", "eval", "columns", "pattern", "template", "tokens", "max_length", "overflow", "train_on_prompt", "turns", "pairs",
-        "streaming", "packing",
+        "train", "eval", "general", "columns", "pattern", "template", "tokens", "max_length", "overflow", "train_on_prompt", "turns",
+        "pairs", "streaming", "packing",
     ]  # fmt: skip
 
 

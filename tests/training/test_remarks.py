@@ -69,8 +69,9 @@ def test_a_loss_that_rose(rows: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     done = deltaw.train(given, quiet=True)
     assert done.losses["held_out"] > done.losses["base"]
-    said = [event["text"] for event in RunDirectory(done.path).events("warning")]
-    assert any(text.startswith("the held-out loss rose from ") for text in said)
+    (said,) = (one for one in done.findings if one.name == "not_falling")
+    assert said.verdict == "fault" and said.evidence.startswith("the held-out loss went from ")
+    assert "lower train.learning_rate, now 0.3," in said.next
 
 
 def test_the_last_loss_is_that_of_the_last_step(rows: Path, tmp_path: Path) -> None:

@@ -12,7 +12,21 @@ from typing import Any
 
 import typer
 
-from deltaw.cli import advise, chat, evaluate, generate, inspect, merge, mix, plan, quickstart, runs, schema, train  # noqa: F401  the verbs
+from deltaw.cli import (  # noqa: F401  the verbs
+    advise,
+    chat,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    merge,
+    mix,
+    plan,
+    quickstart,
+    runs,
+    schema,
+    train,
+)
 from deltaw.cli.app import app
 from deltaw.core.errors import DeltawError
 

@@ -1,11 +1,12 @@
 """deltaw train: a configuration file, overrides, or both; --resume; or a sweep over values and seeds."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from deltaw.cli.app import Json, app, show
+from deltaw.cli.app import Json, app, show, tell
 from deltaw.cli.base import parsed, record
 
 
@@ -47,9 +48,12 @@ def train(
     found = {
         "run": str(done.path), "adapter": str(done.adapter), "steps": done.steps, "seconds": done.seconds,
         "trainable": done.plan.trainable, "losses": dict(done.losses),
+        "findings": [dataclasses.asdict(finding) for finding in done.findings],
     }  # fmt: skip
     losses = "  ".join(f"{name} {value:.4f}" for name, value in done.losses.items())
     show(found, as_json, f"{done.steps} steps in {done.seconds:.0f} s   loss: {losses}\nadapter: {done.adapter}")
+    if quiet:  # else said already, with the progress
+        tell(done.path, (str(finding) for finding in done.findings if finding.wrong))
 
 
 def _sweep(given: Any, axes: list[str], seeds: int, measure: str, quiet: bool, as_json: bool) -> None:

@@ -21,6 +21,7 @@ from deltaw.core.method import Method, get
 from deltaw.core.method import names as methods
 
 SECTIONS: dict[str, type] = {"data": DataConfig, "train": TrainConfig}
+SOURCES = ("train", "eval", "general")
 OTHER_NAMES: Mapping[str, str] = {
     "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
     "target_modules": "targets", "lora_target": "targets", "use_rslora": "rslora", "init_lora_weights": "init",
@@ -42,7 +43,7 @@ def parse(record: Any) -> Config:
     whole = dict(record)
     data, train, adapter = (whole.pop(key, None) for key in ("data", "train", "adapter"))
     if isinstance(data, Mapping):
-        data = {k: _sources(v, f"data.{k}", found) if k in ("train", "eval") else v for k, v in data.items()}
+        data = {k: _sources(v, f"data.{k}", found) if k in SOURCES else v for k, v in data.items()}
     sections = {
         "data": _section(DataConfig, {} if data is None else data, "data.", found),
         "train": _section(TrainConfig, {} if train is None else train, "train.", found),
@@ -191,12 +192,8 @@ def _impossible(config: Config) -> list[str]:
         found.append("train.generate answers held-out rows: set data.eval")
     if not 0 <= t.warmup < 1:
         found.append(f"train.warmup={t.warmup!r} is a share of the steps, in [0, 1)")
-    empty = {"model": config.model, "output": config.output, "data.train": config.data.train}
-    empty |= {
-        "data.eval": config.data.eval,
-        "data.template": config.data.template,
-        "adapter.from": config.adapter.start,
-    }
+    empty = {"model": config.model, "output": config.output, "adapter.from": config.adapter.start}
+    empty |= {f"data.{key}": getattr(config.data, key) for key in (*SOURCES, "template")}
     found += [f"{name} is empty" for name, value in empty.items() if value in ("", ())]
     found += [f"data.tokens: {t!r} is no token" for t in config.data.tokens if not t.strip()]
     found += [f"data.tokens names {t!r} twice" for t, n in Counter(config.data.tokens).items() if n > 1]

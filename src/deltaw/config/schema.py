@@ -61,6 +61,8 @@ class DataConfig:
     """Training rows: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder, a hub id, dataset_info.json#entry, or several."""
     eval: float | str | Source | tuple[str | Source, ...] | None = 0.05
     """Held-out rows: a share of the training rows (0.05), a source like train, or null for none."""
+    general: str | Source | tuple[str | Source, ...] | None = None
+    """A general text or rows, never trained on: measured before and after, to see what the run forgets; null for none."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Our field → the files' name for it, e.g. {prompt: question, completion: answer}; for sources without their own."""
     pattern: str | None = None

@@ -2,7 +2,8 @@
 
 config.yaml             the resolved configuration; `deltaw train config.yaml output=…` repeats the run
 plan.json               what was predicted before the first step
-events.jsonl            append-only: start, step, eval, scores, checkpoint, warning, stopped, interrupted, resume, end
+events.jsonl            append-only: start, general, step, eval, scores, checkpoint, warning, stopped, interrupted, resume,
+                        diagnosis, end
 samples.json            answers to held-out prompts at the first evaluation and at the latest, where asked for
 checkpoints/step-N/     adapter, optimizer, schedule, RNG; each whole or not there
 best/                   the adapter of the best evaluation, where train.best asks for it

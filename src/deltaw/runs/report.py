@@ -2,10 +2,11 @@
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import yaml
 
+from deltaw.runs.diagnosis import Finding
 from deltaw.runs.directory import RunDirectory
 from deltaw.runs.summary import summarise
 
@@ -26,10 +27,11 @@ def html_report(run: RunDirectory) -> str:
         "state": s.state, "steps": f"{s.step} of {s.steps}", "base": plan.get("base"), "method": plan.get("method"),
         "trainable": f"{s.trainable:,} of {plan.get('base_parameters', 0):,}", "rows": plan.get("rows"),
         "held-out rows": plan.get("held_out"), "seconds": round(s.seconds, 1), "peak memory": f"{s.peak_memory / 1e9:.2f} GB",
-        **{f"loss, {name}": f"{value:.4f}" for name, value in s.losses.items()},
+        **{f"loss, {name}": f"{value:.4f}" for name, value in s.losses.items()}, **_general(s.general),
         **{name: f"{value:.4f}" for name, value in s.scores.items()},
     }  # fmt: skip
     parts = [f"<h1>{html.escape(str(run.path.name))}</h1>", _table(facts), "<h2>Loss</h2>", curves(steps, evals)]
+    parts += ["<h2>Diagnosis</h2>", _findings(s.findings)]
     samples = run.samples()
     if samples:
         parts += ["<h2>Answers to held-out prompts</h2>", _answers(samples)]
@@ -74,6 +76,23 @@ def curves(steps: Points, evals: Points) -> str:
         f'<text x="{MARGIN}" y="{HEIGHT - 20}">training (blue), held out (red)</text>'
         + line(steps, "#0969da") + line(evals, "#cf222e") + "".join(map(dot, evals)) + "</svg>"
     )  # fmt: skip
+
+
+def _general(losses: Mapping[str, float]) -> dict[str, str]:
+    """Loss on general text, base → after, and at smaller strengths where they were tried."""
+    if not {"0", "1"} <= losses.keys():
+        return {}
+    weaker = "".join(
+        f", {loss:.4f} at strength {strength}" for strength, loss in losses.items() if strength not in "01"
+    )
+    return {"loss, general": f"{losses['0']:.4f} → {losses['1']:.4f}{weaker}"}
+
+
+def _findings(findings: Sequence[Finding]) -> str:
+    rows = [(one.name.replace("_", " "), one.verdict, one.evidence, one.next) for one in findings]
+    head = "<tr><th>question</th><th>verdict</th><th>evidence</th><th>next</th></tr>"
+    lines = ("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>{head}{''.join(lines)}</table>"
 
 
 def _table(rows: dict[str, object]) -> str:

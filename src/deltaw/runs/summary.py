@@ -7,6 +7,7 @@ from typing import Any
 
 from deltaw.core.errors import DeltawError
 from deltaw.core.text import columns
+from deltaw.runs.diagnosis import Finding, recorded
 from deltaw.runs.directory import CONFIG, RunDirectory
 
 
@@ -25,6 +26,9 @@ class Summary:
     seconds: float = 0.0
     peak_memory: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    general: Mapping[str, float] = field(default_factory=dict)
+    """Loss on general text by the adapter's strength: "0" is the base, "1" the adapter."""
+    findings: Sequence[Finding] = ()
 
 
 def find(folders: Iterable[str | Path]) -> list[RunDirectory]:
@@ -58,6 +62,8 @@ def summarise(run: RunDirectory) -> Summary:
         seconds=end.get("seconds", (last.get("time", 0.0) - events[0]["time"]) if events else 0.0),
         peak_memory=end.get("peak_memory", memory),
         settings=settings,
+        general={f"{event['strength']:g}": event["loss"] for event in events if event["event"] == "general"},
+        findings=recorded(run),
     )
 
 

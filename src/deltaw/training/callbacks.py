@@ -157,6 +157,9 @@ class ProgressBar(TrainerCallback):
         self.bar: Progress | None = None
         self.text, self.last, self.began = "", 0.0, 0.0
 
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.began = self.last = time.monotonic()
         self.first = state.global_step

@@ -22,6 +22,7 @@ from deltaw.data.sources import named
 from deltaw.data.stream import Side, stream
 from deltaw.data.template import template
 from deltaw.models.base import DEFAULT_LENGTH, load_tokenizer
+from deltaw.training.general import general_rows
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Prepared:
     """Tokens whose rows are trained."""
     kept: Kept
     """What the adapter keeps of the tokenizer."""
+    general: Sequence[Encoded] = ()
+    """What forgetting is measured on."""
 
     @functools.cached_property
     def remarks(self) -> list[str]:
@@ -61,6 +64,11 @@ class Prepared:
             return "held out none"
         lost = ", ".join(f"{reason}: {count:,}" for reason, count in self.held_out_report.dropped.items())
         return f"held out {len(self.held_out):,} rows" + (f", left out {lost}" if lost else "")
+
+    @property
+    def general_said(self) -> list[str]:
+        tokens = sum(row.supervised for row in self.general)
+        return [f"general  {tokens:,} tokens, measured before and after, never trained on"] if self.general else []
 
     def previews(self, count: int, most: int = 2000) -> list[str]:
         """The text of the first rows with what they learn between ⟦ and ⟧; long ones lose their middle."""
@@ -107,11 +115,11 @@ def prepare(config: Config, given: Kept | None = None) -> Prepared:
     tokenizer, limit = load_tokenizer(config.model)
     if d.max_length is not None and limit is not None and d.max_length > limit:
         raise ConfigError(f"data.max_length={d.max_length} is more than {config.model!r} reads: at most {limit} tokens")
+    longest = d.max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+    general = general_rows(d.general, tokenizer, longest)  # as the base reads them, before it gets a template or tokens
     tokens = given.give(tokenizer)
     tokens = tokens if tokens.ids else add_tokens(tokenizer, d.tokens)
-    policy = Policy(
-        d.max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH), d.train_on_prompt, d.turns, d.overflow
-    )
+    policy = Policy(longest, d.train_on_prompt, d.turns, d.overflow)
     if d.streaming:
         first, second = _streamed(config, tokenizer, policy)
     else:
@@ -119,7 +127,7 @@ def prepare(config: Config, given: Kept | None = None) -> Prepared:
         first, second = found[0], found[1] if len(found) > 1 else None
     return Prepared(
         tokenizer, first.encoded, first.report, second.encoded if second else (), second.rows if second else None,
-        second.report if second else None, policy, tokens, Kept(given.template, tokens.ids),
+        second.report if second else None, policy, tokens, Kept(given.template, tokens.ids), general,
     )  # fmt: skip
 
 

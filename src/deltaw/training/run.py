@@ -37,10 +37,13 @@ from deltaw.infer.metrics import metrics
 from deltaw.infer.packing import use_packing
 from deltaw.models.adapters import load
 from deltaw.models.base import Base, load_base
+from deltaw.runs.diagnosis import Finding
 from deltaw.runs.directory import RunDirectory
 from deltaw.runs.report import html_report
+from deltaw.training import ending
 from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, Steps, peak_memory
 from deltaw.training.facts import described, environment, facts, reporters, unchanged
+from deltaw.training.general import General
 from deltaw.training.optimizer import build, groups
 from deltaw.training.outlook import outlook
 from deltaw.training.prepare import Prepared, brought, prepare, read_by
@@ -62,6 +65,8 @@ class Run:
     seconds: float
     losses: Mapping[str, float] = field(default_factory=dict)
     """`train` (last logged), and with held-out rows `base` (before the first step) and `held_out` (after the last)."""
+    findings: Sequence[Finding] = ()
+    """What its course says, the fine ones too."""
 
 
 class Shelf:
@@ -163,10 +168,12 @@ def _on(
         Collator(base.tokenizer, packing=packing), optimizer,
         [Events(run), GradientCheck(run, NAME), Steps(base.model, NAME), stop, progress], score, data.kept.files,
     )  # fmt: skip
+    general = General(base, NAME, run, data.general, data.held_out, config.train.batch_size)
     run.log("resume" if resume else "start", steps=steps, trainable=plan.trainable, environment=environment())
     for remark in remarks:
         run.log("warning", text=remark)
     try:
+        general.before()
         if data.held_out and not resume:
             trainer.evaluate()
         if checkpoint is not None and _was_over(run, checkpoint, steps):
@@ -185,14 +192,9 @@ def _on(
         run.log("interrupted", step=reached)
         raise Interrupted(f"interrupted at step {reached} of {steps}; continue with: deltaw train --resume {run.path}")
     base.model.eval()
-    losses = _losses(run, trainer)
-    if losses.get("held_out", 0.0) > losses.get("base", math.inf):
-        worse = (
-            f"the held-out loss rose from {losses['base']:.4f} to {losses['held_out']:.4f}: what was learnt does not help "
-            "on these rows; a lower train.learning_rate or fewer steps may"
-        )
-        run.log("warning", text=worse)
-        progress.console.print(f"note: {worse}", highlight=False, markup=False, soft_wrap=True)
+    losses = ending.losses(run, trainer)
+    general.after(reached)
+    findings = ending.diagnosed(run, known, progress.say)
     outcome = {
         "losses": losses,
         "steps": reached,
@@ -203,7 +205,7 @@ def _on(
     directory.write(state, run.adapter, beside=data.kept.files)
     run.log("end", **outcome)
     write_text(run.path / "report.html", html_report(run))
-    return Run(run.path, run.adapter, plan, reached, outcome["seconds"], losses)
+    return Run(run.path, run.adapter, plan, reached, outcome["seconds"], losses, findings)
 
 
 def _was_over(run: RunDirectory, checkpoint: Path, steps: int) -> bool:
@@ -276,10 +278,10 @@ def _scorer(config: Config, base: Base, data: Prepared, run: RunDirectory) -> Ca
 def _announce(progress: ProgressBar, base: Base, data: Prepared, plan: TargetPlan, remarks: Sequence[str]) -> None:
     size = f"{len(plan)} adapters, {plan.trainable:,} trainable of {plan.base_parameters:,}"
     progress.console.print(f"[bold]{base.name}[/]  {size}", highlight=False)
-    progress.console.print(f"{data.report}\n{data.held_out_said}", highlight=False)
+    progress.say("\n".join([f"{data.report}", data.held_out_said, *data.general_said]))
     for remark in remarks:
-        progress.console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
-    progress.console.print(data.shown(), highlight=False, markup=False, soft_wrap=True)
+        progress.say(f"note: {remark}")
+    progress.say(data.shown())
 
 
 def _steps(config: Config, rows: int) -> tuple[int, int]:
@@ -289,11 +291,3 @@ def _steps(config: Config, rows: int) -> tuple[int, int]:
     steps = t.max_steps or max(1, math.ceil(math.ceil(batches / t.gradient_accumulation) * t.epochs))
     every = max(1, math.ceil(steps / 5)) if t.eval_every == "auto" else t.eval_every
     return steps, every
-
-
-def _losses(run: RunDirectory, trainer: AdapterTrainer) -> dict[str, float]:
-    first = [event["loss"] for event in run.events("eval") if event["step"] == 0]
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    result = ({"base": first[0]} if first else {}) | ({"train": logged[-1]} if logged else {})
-    held_out = trainer.finish()
-    return result if held_out is None else {**result, "held_out": held_out}
