@@ -279,7 +279,7 @@ def _announce(progress: ProgressBar, base: Base, data: Prepared, plan: TargetPla
     progress.console.print(f"{data.report}\n{data.held_out_said}", highlight=False)
     for remark in remarks:
         progress.console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
-    progress.console.print(data.shown(), highlight=False, markup=False, soft_wrap=True)
+    progress.console.print(data.on(progress.console), highlight=False, markup=False, soft_wrap=True)
 
 
 def _steps(config: Config, rows: int) -> tuple[int, int]:
