@@ -29,7 +29,7 @@ class Characters:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._met: set[str] = set()
+        self._met = {" "}  # words that are not known take blanks with them
         self._absent: set[str] = set()
         """Did not come back by themselves."""
         self._others: set[str] = set()
@@ -40,29 +40,39 @@ class Characters:
         self.changed: Counter[str] = Counter()
         self.spelled: Counter[str] = Counter()
         """Learnt characters that are written byte by byte: the tokenizer was made for other scripts."""
-        self.rows = 0
-        """Rows with a character that is lost or changed."""
-        self.learnt = self.learnt_lost = 0
-        """Characters that are learnt, and those of them that are lost."""
+        self.texts = self.rows = 0
+        """All rows, and those with a character that is lost or changed."""
+        self.learnt = self.rest = 0
+        """Characters that are learnt, and all others."""
+        self._gone = [0, 0]
+        """Those of them that are lost."""
 
     def add(self, learnt: str, rest: str) -> None:
         """One row: what is learnt in it, and what else it says."""
         here = set(learnt), set(rest)
         if fresh := (here[0] | here[1]) - self._met:
             self._meet(sorted(fresh))
-        self.learnt += len(learnt) - learnt.count(" ") - learnt.count("\n")
+        self.texts += 1
+        self.learnt += _written(learnt)
+        self.rest += _written(rest)
         if spelled := self._bytes & here[0]:
             self.spelled.update(_counted(learnt, spelled))
         absent = [self._absent & one for one in here]
         if not any(absent):
             return
-        lost, changed = self._missing(learnt, absent[0])
-        self.learnt_lost += sum(count for character, count in lost.items() if not character.isspace())
-        for counts, more in zip((lost, changed), self._missing(rest, absent[1]), strict=True):
-            counts.update(more)
-        self.rows += bool(lost or changed)
-        self.lost.update(lost)
-        self.changed.update(changed)
+        hit = False
+        for number, text in enumerate((learnt, rest)):
+            lost, changed = self._missing(text, absent[number])
+            self._gone[number] += sum(count for character, count in lost.items() if not character.isspace())
+            self.lost.update(lost)
+            self.changed.update(changed)
+            hit = hit or bool(lost or changed)
+        self.rows += hit
+
+    def shares(self) -> dict[str, float]:
+        """How much is lost, of what is learnt and of the rest."""
+        whole = {"to learn": self.learnt, "of the prompts": self.rest}
+        return {name: gone / max(1, all_) for (name, all_), gone in zip(whole.items(), self._gone, strict=True)}
 
     def _missing(self, text: str, absent: set[str]) -> tuple[Counter[str], Counter[str]]:
         """(lost, changed): how many of these characters do not come back from a text."""
@@ -108,6 +118,10 @@ class Characters:
         order = sorted(groups, key=lambda name: -sum(counts[c] for c in groups[name]))
         told = [f"{name} ({_share(len(groups[name]), met[name])}: {_listed(groups[name])})" for name in order[:SCRIPTS]]
         return ", ".join(told) + (", …" if len(order) > SCRIPTS else "")
+
+
+def _written(text: str) -> int:
+    return len(text) - text.count(" ") - text.count("\n")
 
 
 def _counted(text: str, characters: set[str]) -> dict[str, int]:

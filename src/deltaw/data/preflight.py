@@ -16,6 +16,7 @@ from deltaw.data.characters import Characters
 from deltaw.data.collate import Collator
 from deltaw.data.dataset import JUDGED, DataReport, cure
 from deltaw.data.encode import IGNORE, Encoded
+from deltaw.data.forms import READ
 from deltaw.data.observed import Observed
 from deltaw.data.stream import Side
 
@@ -39,6 +40,7 @@ def checks(train: Side, held_out: Side | None, tokenizer: Any) -> tuple[Check, .
     seen = train.seen
     assert seen is not None
     return (
+        fields(train.report),
         learnt(train.report),
         stop_token(seen, tokenizer),
         padding(train.encoded[0], tokenizer),
@@ -47,7 +49,7 @@ def checks(train: Side, held_out: Side | None, tokenizer: Any) -> tuple[Check, .
         cut(train.report),
         repeated(seen),
         apart(seen, held_out),
-        characters(seen.characters, train.report.kept),
+        characters(train, held_out),
     )
 
 
@@ -67,6 +69,21 @@ def said(found: Sequence[Check]) -> Text:
         if check.fix:
             text.append(f"{'':<9}{'':<{width}}  fix: {check.fix}\n")
     return text
+
+
+def fields(report: DataReport) -> Check:
+    """What was recognised, and what rows say besides."""
+    ours = {name for names in READ.values() for name in names} - {"text", "label"} | {"context", "system_prompt"}
+    forms = ", ".join(dict.fromkeys(part.form for part in report.parts))
+    unread = [name for part in report.parts for name in part.unread]
+    if not unread:
+        return Check("fields", "fine", f"{forms}; every field is read")
+    text = f"{forms}; not read of the rows: {', '.join(map(repr, dict.fromkeys(unread)))}"
+    meant = [name for name in dict.fromkeys(unread) if name in ours]
+    if not meant:
+        return Check("fields", "fine", text)
+    names = ", ".join(map(repr, meant))
+    return Check("fields", "warning", text, f"put {names} into a field of this form, or write the rows as messages")
 
 
 def learnt(report: DataReport) -> Check:
@@ -169,26 +186,37 @@ def apart(seen: Observed, held_out: Side | None) -> Check:
     )  # fmt: skip
 
 
-def characters(seen: Characters, rows: int) -> Check:
+def characters(train: Side, held_out: Side | None) -> Check:
     """Text that the tokenizer cannot hold is not learnt, whatever the loss says."""
-    name, share = "characters", seen.learnt_lost / max(1, seen.learnt)
+    assert train.seen is not None
+    found = given_back(train.seen.characters)
+    if found.verdict == "fine" and held_out is not None and held_out.seen is not None:
+        other = given_back(held_out.seen.characters)
+        if other.verdict != "fine":
+            return dataclasses.replace(other, verdict="warning", found=f"of the held-out rows, {other.found}")
+    return found
+
+
+def given_back(seen: Characters) -> Check:
+    name, parts = "characters", []
     another = "choose a base whose tokenizer has them, as all byte-level ones do, or take these rows out"
-    parts = []
     if seen.lost:
-        count, texts = sum(seen.lost.values()), seen.said(seen.lost)
-        parts.append(f"the tokenizer has no token for {count:,} characters: {texts}")
+        count = sum(seen.lost.values())
+        parts.append(f"the tokenizer has no token for {count:,} characters: {seen.said(seen.lost)}")
     if seen.changed:
         parts.append(f"{sum(seen.changed.values()):,} characters come back as others: {seen.said(seen.changed)}")
     if parts:
-        text = "; ".join([*parts, f"in {seen.rows:,} of {rows:,} rows"])
-        if share > MOST:
-            return Check(name, "fatal", f"{share:.0%} of the characters to learn are lost: {text}", another)
-        return Check(name, "warning", text, another)
+        text = "; ".join([*parts, f"in {seen.rows:,} of {seen.texts:,} rows"])
+        most = {what: share for what, share in seen.shares().items() if share > MOST}
+        if not most:
+            return Check(name, "warning", text, another)
+        head = " and ".join(f"{share:.0%} of the characters {what}" for what, share in most.items())
+        return Check(name, "fatal", f"{head} are lost: {text}", another)
     spelled = sum(seen.spelled.values()) / max(1, seen.learnt)
-    if spelled > MOST:
-        return Check(
-            name, "warning",
-            f"all come back, but {spelled:.0%} of those to learn are spelled byte by byte: {seen.said(seen.spelled)}",
-            "the base has hardly met this script and its rows are long: choose one that was trained on it",
-        )  # fmt: skip
-    return Check(name, "fine", "the tokenizer gives every character back")
+    if spelled <= MOST:
+        return Check(name, "fine", "the tokenizer gives every character back")
+    return Check(
+        name, "warning",
+        f"all come back, but {spelled:.0%} of those to learn are spelled byte by byte: {seen.said(seen.spelled)}",
+        "the base has hardly met this script and its rows are long: choose one that was trained on it",
+    )  # fmt: skip

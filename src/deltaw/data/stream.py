@@ -47,7 +47,8 @@ def stream(
     parts: list[Part] = []
     for source in [] if found else listed:
         counts: Counter[str] = Counter()
-        for one in examples(source, streaming=True):
+        left: set[str] = set()
+        for one in examples(source, streaming=True, left=left):
             if isinstance(one, str):
                 found.append(one)
                 if len(found) >= MOST:
@@ -62,7 +63,8 @@ def stream(
                 stores[side].extend(encoders[side].add(row))
                 if len(kept[side]) < keep:
                     kept[side].append(row)
-        parts += [Part(source.path, form, count, source.weight) for form, count in counts.items()]
+        unread = tuple(sorted(left))
+        parts += [Part(source.path, form, count, source.weight, unread) for form, count in counts.items()]
     if found:
         raise faults(DataError, f"{name} cannot be used", found)
     if not parts:
