@@ -134,7 +134,7 @@ FATAL: dict[str, tuple[Given, str]] = {
     ),
     "answers of unknown characters": (
         lambda f: config(f, [CHINESE, PAIR, CHINESE, CHINESE], base(f, "letters")),
-        r"60% of the characters to learn are lost.*Chinese \(all 11: .*; in 3 of 4 rows: choose a base whose tokenizer has them",
+        r"60% of the characters to learn are lost.*Chinese \(all 9: .*; in 3 of 4 rows: choose a base whose tokenizer has them",
     ),
     "answers whose characters vanish": (
         lambda f: config(f, [CHINESE], base(f, "silent")),

@@ -161,14 +161,15 @@ def cut(report: DataReport) -> Check:
 
 def repeated(seen: Observed) -> Check:
     fix = "take them out, or mean it: a source's weight repeats rows too"
-    return _share("repeated rows", seen.repeated(), seen.pieces, "are the same as an earlier one", "", fix)
+    noun = "pieces" if seen.pieces > seen.characters.texts else "rows"  # a text is cut into several
+    return _share("repeated rows", seen.repeated(), seen.pieces, "are the same as an earlier one", "", fix, noun)
 
 
-def _share(name: str, part: int, whole: int, what: str, why: str, fix: str) -> Check:
+def _share(name: str, part: int, whole: int, what: str, why: str, fix: str, noun: str = "rows") -> Check:
     share = part / max(1, whole)
     if not part:
-        return Check(name, "fine", f"none of {whole:,} rows")
-    text = f"{part:,} of {whole:,} rows ({share:.1%}) {what}{f' ({why})' if why else ''}"
+        return Check(name, "fine", f"none of {whole:,} {noun}")
+    text = f"{part:,} of {whole:,} {noun} ({share:.1%}) {what}{f' ({why})' if why else ''}"
     return Check(name, "warning", text, fix) if share > MUCH else Check(name, "fine", text)
 
 
