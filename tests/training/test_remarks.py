@@ -38,7 +38,7 @@ def test_held_out_rows_that_are_trained_on(rows: Path, tmp_path: Path, monkeypat
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
-    assert "note: 5 of the held-out rows are trained on too: their loss says nothing" in capsys.readouterr().out
+    assert "5 of the held-out rows are trained on too: their loss says nothing" in capsys.readouterr().out
 
 
 @pytest.mark.shared

@@ -17,6 +17,7 @@ from deltaw.config.schema import Source
 from deltaw.core.errors import DataError
 from deltaw.data.dataset import Encoder, digest
 from deltaw.data.encode import IGNORE, Encoded, Policy
+from deltaw.data.observed import Observed
 from deltaw.data.rows import read_rows
 from deltaw.data.store import Store, lengths
 from deltaw.data.stream import stream
@@ -79,11 +80,16 @@ def test_the_same_run_to_the_bit(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     tokenizer, _ = load_tokenizer("tiny")
-    peaks = []
+    policy, peaks = Policy(64), []
     for count in (200, 2000):
         file = jsonl(tmp_path, count)
         tracemalloc.start()
-        side, _ = stream([Source(path=str(file))], lambda: Encoder(tokenizer, Policy(64)), "sft", None)
+        side, _ = stream(
+            [Source(path=str(file))],
+            lambda: Encoder(tokenizer, policy, seen=Observed(tokenizer, policy)),
+            "sft",
+            None,
+        )
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert len(side.encoded) + sum(side.report.dropped.values()) == count
@@ -91,7 +97,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     rows = read_rows(str(file))
     whole = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(rows) == 2000 and peaks[1] - peaks[0] < 0.05 * whole  # 16 bytes a row and nothing else
+    assert len(rows) == 2000 and peaks[1] - peaks[0] < 0.1 * whole  # a few numbers a row and nothing else
 
 
 def test_the_store_gives_back_what_it_was_given() -> None:

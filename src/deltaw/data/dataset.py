@@ -12,9 +12,20 @@ import numpy as np
 from deltaw.core.errors import DataError
 from deltaw.data.conversation import Example
 from deltaw.data.encode import Encoded, Policy, encode, stop_token_trained
+from deltaw.data.observed import Observed
 from deltaw.data.rows import Part, Rows, place
 
 PERCENTILES = (50, 90, 99)
+JUDGED = "judged unwanted"
+CURES = {
+    "longer than": "raise data.max_length, set data.overflow to cut, or shorten the rows",
+    "no token to learn": "raise data.max_length, or give the rows longer answers",
+    "a control token in the text": "take the template's own tokens out of the texts",
+    JUDGED: "add rows whose label is true",
+}
+"""How the reason for leaving a row out begins → what to do about it."""
+LEARN, EVALUATE = "learn from", "evaluate on"
+"""What rows are for, in messages."""
 
 
 def digest(encoded: Sequence[Encoded]) -> str:
@@ -60,24 +71,26 @@ class DataReport:
 
 
 def encode_rows(
-    rows: Rows, tokenizer: Any, policy: Policy, *, objective: str = "sft", pairs: str | None = None
-) -> tuple[list[Encoded], DataReport]:
+    rows: Rows, tokenizer: Any, policy: Policy, *, objective: str = "sft", pairs: str | None = None,
+    seen: Observed | None = None, purpose: str = LEARN,
+) -> tuple[list[Encoded], DataReport]:  # fmt: skip
     """Every row that can be learnt from, in order, and the report. DataError where none is left.
 
     objective: sft learns answers, text learns raw texts; rows of the other kind are refused. pairs="chosen" learns the
-    better answers of preference rows and the wanted ones of judged rows, which are refused without it.
+    better answers of preference rows and the wanted ones of judged rows, which are refused without it. seen: is shown
+    every row that is kept. purpose: of the rows, for messages.
     """
     fitting({part.form for part in rows.parts} or {rows.form}, rows.source, objective, pairs)
-    encoder = Encoder(tokenizer, policy, objective)
+    encoder = Encoder(tokenizer, policy, objective, seen)
     encoded = [piece for row in rows.rows for piece in encoder.add(row)]
-    return encoded, encoder.report(rows.parts, rows.source)
+    return encoded, encoder.report(rows.parts, rows.source, purpose)
 
 
 class Encoder:
     """Encodes rows one by one and keeps the account of them."""
 
-    def __init__(self, tokenizer: Any, policy: Policy, objective: str = "sft"):
-        self.tokenizer, self.policy = tokenizer, policy
+    def __init__(self, tokenizer: Any, policy: Policy, objective: str = "sft", seen: Observed | None = None):
+        self.tokenizer, self.policy, self.seen = tokenizer, policy, seen
         if tokenizer.chat_template and objective == "sft":
             stop_token_trained(tokenizer)  # a template that never stops is one fault of the base, not one of each row
         self._lengths, self._learnt = array("q"), array("q")
@@ -88,7 +101,7 @@ class Encoder:
         """The tokens of a row: nothing where it is left out, several pieces of a text."""
         self._rows += 1
         if row.good is False:
-            self._dropped["judged unwanted"] += 1
+            self._dropped[JUDGED] += 1
             return []
         result = encode(row, self.tokenizer, self.policy)
         if not isinstance(result, list):
@@ -102,17 +115,22 @@ class Encoder:
             self._tokens += len(piece.ids)
             self._supervised += piece.supervised
         self._kept += len(result)
+        if self.seen is not None:
+            self.seen.add(row, result)
         return result
 
-    def report(self, parts: tuple[Part, ...], source: str) -> DataReport:
+    def report(self, parts: tuple[Part, ...], source: str, purpose: str = LEARN) -> DataReport:
         """The account of all rows. DataError where none is left."""
         lengths = self._lengths
-        if not self._kept:
-            reasons = ", ".join(f"{reason}: {count:,}" for reason, count in self._dropped.items()) or "there is none"
+        if not self._rows:
             raise DataError(
-                f"{source}: no row is left to learn from, of {self._rows:,} ({reasons}); the shortest has "
-                f"{min(lengths, default=0):,} tokens, the longest {max(lengths, default=0):,}: raise data.max_length, set "
-                "data.overflow to cut, or shorten the rows"
+                f"{source}: no row is left to {purpose}: give more rows, or a file of their own in data.eval"
+            )
+        if not self._kept:
+            reasons = ", ".join(f"{reason}: {count:,}" for reason, count in self._dropped.items())
+            sizes = f"; the shortest has {min(lengths):,} tokens, the longest {max(lengths):,}" if lengths else ""
+            raise DataError(
+                f"{source}: no row is left to {purpose}, of {self._rows:,} ({reasons}){sizes}: {cure(self._dropped)}"
             )
         return DataReport(
             parts=parts,
@@ -126,6 +144,11 @@ class Encoder:
             percentiles=_percentiles(self._learnt),
             histogram=dict(sorted(Counter(1 << max(length - 1, 0).bit_length() for length in lengths).items())),
         )
+
+
+def cure(dropped: Collection[str]) -> str:
+    """What to do where rows are left out for these reasons."""
+    return "; ".join(text for start, text in CURES.items() if any(reason.startswith(start) for reason in dropped))
 
 
 def fitting(forms: Collection[str], source: str, objective: str, pairs: str | None) -> None:

@@ -26,6 +26,17 @@ NEEDED: dict[Form, tuple[str, ...]] = {
     "text": ("text",),
 }
 """The fields that make a row one of a form; preference and judged rows are these with more beside them."""
+BESIDE: dict[Form, tuple[str, ...]] = {
+    "messages": ("system", "tools"),
+    "sharegpt": ("system", "tools"),
+    "prompt-completion": ("tools",),
+    "alpaca": ("input", "system", "history", "tools"),
+    "text": (),
+}
+"""The fields that are read of such rows too."""
+READ = {form: {*keys, *BESIDE[form]} for form, keys in NEEDED.items()}
+TALKS = READ["messages"] | READ["sharegpt"] | READ["prompt-completion"]
+READ |= {"judged": TALKS | {"label"}, "preference": TALKS | READ["alpaca"] | {"chosen", "rejected"}}
 EXPECTED = "prompt + completion, messages, conversations, instruction + output, or text"
 MEDIA = ("images", "image", "videos", "audios")
 
@@ -55,6 +66,11 @@ def detect(row: Mapping[str, Any]) -> tuple[Form | None, str]:
     near = next((d for key in known if (d := meant_to_be(key, map(str, row)))), "")
     has = ", ".join(map(str, row)) or "no field"
     return None, f"no known form: it has {has}, expected {EXPECTED}{near}; data.columns maps other names"
+
+
+def unread(form: Form, row: Mapping[str, Any]) -> set[str]:
+    """Fields of a row that hold something and are not read."""
+    return {str(key) for key in row.keys() - READ[form] if row[key] not in (None, "", [], {})}
 
 
 def example(form: Form, row: Mapping[str, Any], line: int, where: str) -> tuple[Example, list[str]]:

@@ -12,7 +12,7 @@ from deltaw.config.schema import Source
 from deltaw.core.errors import DataError, faults
 from deltaw.data import sources
 from deltaw.data.conversation import Example
-from deltaw.data.forms import Form, detect, example
+from deltaw.data.forms import Form, detect, example, unread
 from deltaw.data.sources import Given
 
 
@@ -24,6 +24,8 @@ class Part:
     form: Form
     rows: int
     weight: float = 1.0
+    unread: tuple[str, ...] = ()
+    """Fields of its rows that are not read."""
 
     def __str__(self) -> str:
         weight = "" if self.weight == 1.0 else f", taken {self.weight:g} times"
@@ -54,11 +56,12 @@ def read_rows(given: Given | Sequence[Given]) -> Rows:
     rows: list[Example] = []
     parts: list[Part] = []
     for source in [] if found else listed:
-        form, examples, wrong = _read(source)
+        left: set[str] = set()
+        form, examples, wrong = _read(source, left)
         found += wrong
         if form is None or wrong:
             continue
-        parts.append(Part(source.path, form, len(examples), source.weight))
+        parts.append(Part(source.path, form, len(examples), source.weight, tuple(sorted(left))))
         times = sources.repeated([place(row, "weight") for row in examples], source.weight)
         rows += [row for row, count in zip(examples, times, strict=True) for _ in range(count)]
     if found:
@@ -68,10 +71,10 @@ def read_rows(given: Given | Sequence[Given]) -> Rows:
     return Rows(parts[0].form, rows, name, tuple(parts))
 
 
-def _read(source: Source) -> tuple[Form | None, list[Example], list[str]]:
+def _read(source: Source, left: set[str]) -> tuple[Form | None, list[Example], list[str]]:
     form: Form | None = None
     rows, found = [], []
-    for one in examples(source):
+    for one in examples(source, left=left):
         if isinstance(one, str):
             found.append(one)
         else:
@@ -80,10 +83,15 @@ def _read(source: Source) -> tuple[Form | None, list[Example], list[str]]:
     return form, rows, found
 
 
-def examples(source: Source, streaming: bool = False) -> Iterator[tuple[Form, Example] | str]:
-    """The rows of a source one by one, with their form; in the place of one that cannot be used, the fault."""
+def examples(
+    source: Source, streaming: bool = False, left: set[str] | None = None
+) -> Iterator[tuple[Form, Example] | str]:
+    """The rows of a source one by one, with their form; in the place of one that cannot be used, the fault.
+
+    left: is given the names of fields that are not read.
+    """
     form: Form | None = None
-    first = ""
+    first, inside = "", {theirs.split(".")[0] for theirs in source.columns.values()}
     for record in sources.read(source, streaming):
         if isinstance(record, str):
             yield record
@@ -97,6 +105,8 @@ def examples(source: Source, streaming: bool = False) -> Iterator[tuple[Form, Ex
         if here != form:
             yield f"{record.where} is {here}, but {first} is {form}: write all rows of one source in one form"
             continue
+        if left is not None:
+            left |= unread(here, record.fields) - inside
         row, wrong = example(here, record.fields, record.line, record.where)
         yield from (f"{record.where}: {fault}" for fault in wrong)
         yield here, row

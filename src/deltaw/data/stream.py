@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from deltaw.config.schema import Source
 from deltaw.core.errors import DataError, faults
 from deltaw.data.conversation import Example
-from deltaw.data.dataset import DataReport, Encoder, fitting
+from deltaw.data.dataset import EVALUATE, LEARN, DataReport, Encoder, fitting
 from deltaw.data.encode import Encoded
+from deltaw.data.observed import Observed
 from deltaw.data.rows import Part, Rows, examples, place
 from deltaw.data.sources import named, repeated
 from deltaw.data.store import Store
@@ -28,13 +29,17 @@ class Side:
     report: DataReport
     rows: Rows
     """The first few, for those who show or answer them."""
+    seen: Observed | None = None
 
 
 def stream(
     given: Sequence[Source], encoder: Callable[[], Encoder], objective: str, pairs: str | None, *,
-    share: float | None = None, keep: int = 0,
+    share: float | None = None, keep: int = 0, purpose: str = LEARN,
 ) -> tuple[Side, Side | None]:  # fmt: skip
-    """(training rows, held-out rows): `share` of the rows held out, or none. DataError names what is wrong with them."""
+    """(training rows, held-out rows): `share` of the rows held out, or none. DataError names what is wrong with them.
+
+    purpose: of the first, for messages.
+    """
     listed = [named(one) for one in given]
     name = ", ".join(source.path for source in listed)
     found = [f"{source.path}: {fault}" for source in listed for fault in source.invalid()]
@@ -42,7 +47,8 @@ def stream(
     parts: list[Part] = []
     for source in [] if found else listed:
         counts: Counter[str] = Counter()
-        for one in examples(source, streaming=True):
+        left: set[str] = set()
+        for one in examples(source, streaming=True, left=left):
             if isinstance(one, str):
                 found.append(one)
                 if len(found) >= MOST:
@@ -57,7 +63,8 @@ def stream(
                 stores[side].extend(encoders[side].add(row))
                 if len(kept[side]) < keep:
                     kept[side].append(row)
-        parts += [Part(source.path, form, count, source.weight) for form, count in counts.items()]
+        unread = tuple(sorted(left))
+        parts += [Part(source.path, form, count, source.weight, unread) for form, count in counts.items()]
     if found:
         raise faults(DataError, f"{name} cannot be used", found)
     if not parts:
@@ -65,9 +72,11 @@ def stream(
     train, held_out = (
         (store, account, rows, tuple(parts), name) for store, account, rows in zip(stores, encoders, kept, strict=True)
     )
-    return _side(*train), None if share is None else _side(*held_out)
+    return _side(*train, purpose), None if share is None else _side(*held_out, EVALUATE)
 
 
-def _side(store: Store, encoder: Encoder, kept: list[Example], parts: tuple[Part, ...], name: str) -> Side:
+def _side(
+    store: Store, encoder: Encoder, kept: list[Example], parts: tuple[Part, ...], name: str, purpose: str
+) -> Side:
     store.close()
-    return Side(store, encoder.report(parts, name), Rows(parts[0].form, kept, name, parts))
+    return Side(store, encoder.report(parts, name, purpose), Rows(parts[0].form, kept, name, parts), encoder.seen)

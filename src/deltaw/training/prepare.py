@@ -1,22 +1,26 @@
 """A configuration → rows as tokens, with no weight loaded: faults in rows, template and mask stop here, before they cost.
 
-config → sources → rows → (tokenizer, template) → encoded rows, report
+config → sources → rows → (tokenizer, template) → encoded rows, report, checks
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.text import Text
+
 from deltaw.config.schema import Config, DataConfig, Source
 from deltaw.core.errors import ConfigError, FileError
-from deltaw.data.dataset import DataReport, Encoder, encode_rows, split
-from deltaw.data.encode import IGNORE, Encoded, Policy
+from deltaw.data.dataset import EVALUATE, LEARN, DataReport, Encoder, encode_rows, split
+from deltaw.data.encode import Encoded, Policy
 from deltaw.data.kept import Kept, Tokens, add_tokens, read_kept
-from deltaw.data.preview import preview
+from deltaw.data.observed import Observed
+from deltaw.data.preflight import Check, checks, refuse
+from deltaw.data.preview import LEARNT, coloured, preview, shows_colours
 from deltaw.data.rows import Rows, read_rows
 from deltaw.data.sources import named
 from deltaw.data.stream import Side, stream
@@ -40,23 +44,14 @@ class Prepared:
     """Tokens whose rows are trained."""
     kept: Kept
     """What the adapter keeps of the tokenizer."""
+    checks: tuple[Check, ...]
     general: Sequence[Encoded] = ()
     """What forgetting is measured on."""
 
-    @functools.cached_property
+    @property
     def remarks(self) -> list[str]:
         """What is allowed and seldom meant, each a sentence."""
-        found = []
-        if self.tokenizer.chat_template is None and IGNORE in self.encoded[0].labels:
-            found.append(
-                "the base has no chat template: an answer follows its prompt directly; data.template: plain marks both"
-            )
-        if isinstance(self.encoded, list) and self.held_out:  # on disk, where rows stream, nothing is compared
-            held_out = {hash(tuple(row.ids)) for row in self.held_out}
-            shared = len(held_out & {hash(tuple(row.ids)) for row in self.encoded})
-            if shared:
-                found.append(f"{shared:,} of the held-out rows are trained on too: their loss says nothing of new rows")
-        return found
+        return [f"{check.found}; {check.fix}" for check in self.checks if check.verdict == "warning"]
 
     @property
     def held_out_said(self) -> str:
@@ -70,18 +65,36 @@ class Prepared:
         tokens = sum(row.supervised for row in self.general)
         return [f"general  {tokens:,} tokens, measured before and after, never trained on"] if self.general else []
 
-    def previews(self, count: int, most: int = 2000) -> list[str]:
-        """The text of the first rows with what they learn between ⟦ and ⟧; long ones lose their middle."""
+    def first(self, count: int) -> list[Encoded]:
+        """The rows to show."""
         rows = list(self.encoded[:count])
         if count and self.report.cut and not any(row.cut for row in rows):
             rows += itertools.islice((row for row in self.encoded if row.cut), 1)  # what a cut leaves is worth a look
-        texts = [preview(row, self.tokenizer).rstrip("\n") for row in rows]
+        return rows
+
+    def previews(self, count: int, most: int = 2000) -> list[str]:
+        """The text of the first rows with what they learn between ⟦ and ⟧; long ones lose their middle."""
+        texts = [preview(row, self.tokenizer).rstrip("\n") for row in self.first(count)]
         return [text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}" for text in texts]
 
     def shown(self, count: int = 1, most: int = 600) -> str:
         """The same for people."""
         parts = ("\n".join(f"  {line}" for line in text.split("\n")) for text in self.previews(count, most))
         return "learnt between ⟦ and ⟧:\n" + "\n  ---\n".join(parts)
+
+    def coloured(self, count: int = 1, most: int = 600) -> Text:
+        """The same for a terminal with colours."""
+        parts = []
+        for row in self.first(count):
+            text = coloured(row, self.tokenizer)
+            text.rstrip()
+            text = text if len(text) <= most else Text(" … ").join([text[: most // 2], text[-(most // 2) :]])
+            parts.append(Text("\n").join(Text("  ").append(line) for line in text.split("\n", allow_blank=True)))
+        return Text("learnt on ").append("green", LEARNT).append(":\n").append(Text("\n  ---\n").join(parts))
+
+    def on(self, console: Console) -> Text | str:
+        """What is shown on a console: in colours where it has them."""
+        return self.coloured() if shows_colours(console) else self.shown()
 
 
 def brought(config: Config, checkpoint: Path | None = None) -> Kept:
@@ -105,7 +118,7 @@ def read_by(config: Config) -> tuple[Any, ...]:
 
 
 def prepare(config: Config, given: Kept | None = None) -> Prepared:
-    """Read, split and encode the rows. Raises DataError, ConfigError, FileError (the tokenizer).
+    """Read, split, encode and check the rows. Raises DataError, ConfigError, FileError (the tokenizer).
 
     given: the template and the tokens to go by, by default what `config` names.
     """
@@ -123,11 +136,17 @@ def prepare(config: Config, given: Kept | None = None) -> Prepared:
     if d.streaming:
         first, second = _streamed(config, tokenizer, policy)
     else:
-        found = [Side(*encode_rows(r, tokenizer, policy, objective=objective, pairs=d.pairs), r) for r in sides]
+        found = []
+        for rows, purpose in zip(sides, (LEARN, EVALUATE), strict=False):
+            seen = Observed(tokenizer, policy)
+            side = encode_rows(rows, tokenizer, policy, objective=objective, pairs=d.pairs, seen=seen, purpose=purpose)
+            found.append(Side(*side, rows, seen))
         first, second = found[0], found[1] if len(found) > 1 else None
+    checked = checks(first, second, tokenizer)
+    refuse(checked)
     return Prepared(
         tokenizer, first.encoded, first.report, second.encoded if second else (), second.rows if second else None,
-        second.report if second else None, policy, tokens, Kept(given.template, tokens.ids), general,
+        second.report if second else None, policy, tokens, Kept(given.template, tokens.ids), checked, general,
     )  # fmt: skip
 
 
@@ -145,12 +164,12 @@ def _streamed(config: Config, tokenizer: Any, policy: Policy) -> tuple[Side, Sid
     d, objective, keep = config.data, config.train.objective, config.train.generate
 
     def encoder() -> Encoder:
-        return Encoder(tokenizer, policy, objective)
+        return Encoder(tokenizer, policy, objective, Observed(tokenizer, policy))
 
     share = d.eval if isinstance(d.eval, float) else None
     first, second = stream(_sources(d, d.train), encoder, objective, d.pairs, share=share, keep=keep)
     if d.eval is not None and share is None:
-        second, _ = stream(_sources(d, d.eval), encoder, objective, d.pairs, keep=keep)
+        second, _ = stream(_sources(d, d.eval), encoder, objective, d.pairs, keep=keep, purpose=EVALUATE)
     return first, second
 
 

@@ -281,7 +281,7 @@ def _announce(progress: ProgressBar, base: Base, data: Prepared, plan: TargetPla
     progress.say("\n".join([f"{data.report}", data.held_out_said, *data.general_said]))
     for remark in remarks:
         progress.say(f"note: {remark}")
-    progress.say(data.shown())
+    progress.console.print(data.on(progress.console), highlight=False, markup=False, soft_wrap=True)
 
 
 def _steps(config: Config, rows: int) -> tuple[int, int]:
