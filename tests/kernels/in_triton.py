@@ -81,6 +81,19 @@ def low_rank(dtype: torch.dtype, rows: int, inputs: int, outputs: int, ranks: in
         torch.testing.assert_close(ours / size, plain / size, rtol=near, atol=near)
 
 
+def without_dropout(dtype: torch.dtype) -> None:
+    """The kernels take every element where nothing is dropped."""
+    x, y, h = (torch.randn(37, n).to(dtype) for n in (150, 150, 5))
+    w, near = torch.randn(5, 150) / math.sqrt(150), 1e-5 if dtype == torch.float32 else 2e-2
+    cast = (1.5 * w).to(dtype)
+    for ours, plain in (
+        (thin.down(x, w, 1.5), x @ cast.T),
+        (thin.add(y.clone(), h, w, 1.5), y + h @ cast),
+        (thin.outer(h, x), (h.T @ x).float()),
+    ):
+        torch.testing.assert_close(ours / plain.abs().max(), plain / plain.abs().max(), rtol=near, atol=near)
+
+
 def dropped() -> None:
     """The mask is the same for the same seed, another for another one, and has the share of ones that it says."""
     x = torch.zeros(400, 500)
@@ -148,7 +161,12 @@ if __name__ == "__main__":
     dropped()
     # the interpreter multiplies matrices of bf16 as if their bits were integers
     for dtype in (torch.float32, torch.float16 if os.environ.get("TRITON_INTERPRET") else torch.bfloat16):
-        for sizes in ((40, 130, 70, 4, 0.0, False), (35, 64, 140, 20, 0.25, False), (33, 50, 60, 16, 0.1, True)):
+        for sizes in (
+            (40, 130, 70, 4, 0.2, False),
+            (35, 64, 140, 20, 0.25, False),
+            (33, 50, 60, 16, 0.1, True),
+            (20, 70, 80, 40, 0.1, False),
+        ):
             low_rank(dtype, *sizes)
     for dtype in (torch.float32, torch.bfloat16):
         for kind in glu.ACTIVATIONS:

@@ -11,15 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.core.adapter import WeightAdapter
+from deltaw.core.autocast import autocasts
 from deltaw.core.carried import base_class_of, carried
 from deltaw.core.host import HostSpec, Map, WeightHost, register
 from deltaw.core.rows import PerRow
 from deltaw.kernels.grouped import grouped
 from deltaw.kernels.lora import lora_add, lora_linear
-
-
-def _autocast(x: Tensor) -> bool:
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # an outline has none
 
 
 @register(nn.Linear)
@@ -49,7 +46,7 @@ class LinearHost(WeightHost):
         one = frozen is not None and len(args) + len(kwargs) == 1
         first = one and there is not None and bool(there.live) and there.live[0][0] is adapter
         own = first and self._pristine
-        change = None if _autocast(x) else adapter.as_change(self, strength, own)
+        change = None if autocasts(x) else adapter.as_change(self, strength, own)
         if change is None:
             return super().adapted(adapter, call, strength, *args, **kwargs)
         return (
@@ -61,7 +58,7 @@ class LinearHost(WeightHost):
     def simple(self) -> tuple[Tensor, Tensor | None, Any] | None:
         live = found.live if (found := carried(self.module)) is not None else ()
         frozen = self._frozen()
-        if frozen is None or len(live) > 1 or _autocast(frozen[0]):
+        if frozen is None or len(live) > 1 or autocasts(frozen[0]):
             return None
         if not live:
             return *frozen, None

@@ -31,7 +31,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, and to keep: h, and z (empty without a gain)."""
     y = F.linear(x, weight, bias)
-    if y.is_contiguous() and thin.usable(x, a, b, scale):
+    if seed is not None and y.is_contiguous() and thin.usable(x, a, b, scale):
         h = thin.down(x.flatten(0, -2).contiguous(), a, by=drawn(seed, p)).view(*x.shape[:-1], -1)
         thin.add(y.flatten(0, -2), h.flatten(0, -2), b.T, float(scale) / kept(p))
     else:
@@ -55,7 +55,7 @@ def backward(
     if gain is not None:
         dgain = (g * z).sum(0, dtype=gain.dtype) if wanted[3] else None
         g = torch.addcmul(g, g, (gain - 1).to(g.dtype))
-    if not torch.is_grad_enabled() and thin.usable(x, a, b, scale):
+    if seed is not None and not torch.is_grad_enabled() and thin.usable(x, a, b, scale):
         by, alpha = drawn(seed, p), float(scale) / kept(p)
         return *_thin(g.contiguous(), x.contiguous(), weight, a, b, by, alpha, h.contiguous(), wanted), dgain
     down, up = a.to(x.dtype), _up(b, scale, p, x.dtype)

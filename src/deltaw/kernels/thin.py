@@ -30,7 +30,7 @@ STEPS = 1 << 16
 HIGHEST_RANK = 128
 PROGRAMS = 512  # that `outer` is spread over, some for each multiprocessor
 TILES = {"down": (32, 256, 4, 5), "add": (64, 128, 4, 2), "outer": (32, 128, 4, 3)}
-"""Rows and columns of a tile, warps, stages."""
+"""Rows and columns of a tile, warps, stages: the fastest on an H200 for r 16 in 16 bits (`python -m benchmarks thin --tune`)."""
 FEWEST_ROWS = 512  # below it a call costs its launches, whoever makes them
 HELPERS = ("_kept",)
 
@@ -148,7 +148,7 @@ def add(y: Tensor, h: Tensor, w: Tensor, scale: float = 1.0, by: Drawn = NONE) -
 def outer(q: Tensor, x: Tensor, scale: float = 1.0, by: Drawn = NONE, turned: bool = False) -> Tensor:
     """q [T, r] and x [T, n] contiguous → [r, n] in fp32, or [n, r] where it is turned. Sums in an order of its own."""
     (rows, n), ranks = x.shape, q.shape[1]
-    t, columns, *_ = TILES["outer"]
+    t, columns, *_ = _tile("outer", ranks, x)
     blocks = -(-n // columns)
     each = -(-rows // max(1, min(rows // 256, PROGRAMS // blocks)) // t) * t  # rows that one program sums over
     parts = -(-rows // each)
@@ -162,9 +162,16 @@ def _run(
     kernel: Any, name: str, grid: Callable[[int, int], tuple[int, ...]], given: tuple[Any, ...], scale: float, by: Drawn
 ) -> None:
     """given: what the kernel takes before its scale; the number of ranks is the sixth."""
-    t, columns, warps, stages = TILES[name]
+    t, columns, warps, stages = _tile(name, given[5], given[0])
     constants = by[2] > 0, _power(given[5]), t, columns
     twins.compiled(kernel)[grid(t, columns)](*given, scale, *by, *constants, num_warps=warps, num_stages=stages)
+
+
+def _tile(name: str, ranks: int, x: Tensor) -> tuple[int, int, int, int]:
+    """Fewer columns where the ranks or the values are wider, so that all stages fit into a multiprocessor's memory."""
+    t, columns, warps, stages = TILES[name]
+    wider = _power(ranks) // 16 * max(1, x.element_size() // 2)
+    return t, max(32, columns // wider), warps, stages if wider == 1 else min(stages, 3)
 
 
 def _power(ranks: int) -> int:
@@ -172,7 +179,11 @@ def _power(ranks: int) -> int:
 
 
 def usable(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> bool:
-    """Do these make the products of a layer with x [.., n], masters a and b?"""
+    """Do these make the products of a layer with dropout on x [.., n], masters a and b?
+
+    With it they are 1.5 to 5 times as fast on an H200 as torch's operators and a mask; without it those are as fast, and cost
+    the processor less to call (docs/costs.md).
+    """
     fits = not isinstance(scale, Tensor) and len(a) <= HIGHEST_RANK and x.shape[:-1].numel() >= FEWEST_ROWS
     return fits and a.dtype == b.dtype == torch.float32 and twins.usable(x) and _trusted(x, _power(len(a)))
 

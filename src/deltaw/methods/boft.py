@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, WeightAdapter
+from deltaw.core.autocast import exact
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, register
 from deltaw.methods.oft import cayley, indivisible, skew, turned, unturnable, usual_block
@@ -37,7 +38,7 @@ class BOFTAdapter(WeightAdapter):
 
     def change(self) -> Tensor:
         """R_ij − I, [k, n/b, b, b], fp32 also under autocast."""
-        with torch.autocast(self.boft_R.device.type, enabled=False):
+        with exact(self.boft_R):
             return cayley(skew(self.boft_R, self.block))
 
     def rotated(self, x: Tensor, back: bool = False) -> Tensor:

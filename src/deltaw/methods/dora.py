@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, Change
+from deltaw.core.autocast import exact
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Part, register
 from deltaw.methods.inits import STARTS
@@ -40,7 +41,7 @@ class DoRAAdapter(LoRAAdapter):
 
     def norms(self, weight: Tensor) -> Tensor:
         """‖W + sBA‖ per row, [out], fp32 also under autocast, outside the graph."""
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        with torch.no_grad(), exact(weight):
             a, b, s = self.lora_A.flatten(1), self.lora_B.flatten(1), self.scale
             gram, square = a @ a.T, []  # [r, r]
             values = VALUES if weight.device.type == "cpu" else 64 * VALUES

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, WeightAdapter
+from deltaw.core.autocast import exact
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, register
 
@@ -47,7 +48,7 @@ class OFTAdapter(WeightAdapter):
         if self.radius:
             norm = math.sqrt(2) * q.detach().norm(dim=1, keepdim=True)  # of the whole Q, both triangles
             q = q * (self.radius / norm.clamp_min(self.radius))
-        with torch.autocast(q.device.type, enabled=False):
+        with exact(q):
             return cayley(skew(q, self.block), self.terms).expand(self.blocks, -1, -1)
 
     def merged(self, weight: Tensor) -> Tensor:

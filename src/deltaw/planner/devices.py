@@ -1,6 +1,7 @@
 """What a run may be paid for with: memory, speed of matrix products and of memory, of this machine and of known cards.
 
-    seconds of a step = Σ over its operators of max(operations / flops, bytes / bandwidth, launch)
+    seconds of a step on a card = max(Σ over its operators of max(operations / flops, bytes / bandwidth), operators · host)
+    on a CPU the two are summed: the processor that calls the operators is the one that computes
 
 Cards are by their vendors' data sheets (dense products with sums in fp32), slowed down to what such products and copies
 reach in practice: REACHED, measured on an H200 (docs/memory.md). This machine is measured, which takes about a second, and
@@ -23,14 +24,14 @@ from deltaw.core.files import write_text
 
 REACHED = {"flops": 0.65, "bandwidth": 0.75}
 """Shares of a data sheet's figures that a training step's products and passes reach."""
-LAUNCH = 6e-6
-"""Seconds between two kernels of a step that is run operator by operator, whatever they do."""
+HOST = 3e-5
+"""Seconds that Python, modules and autograd take for an operator of a training step: 27 to 33 µs beside an H200."""
 GB, GiB = 10**9, 2**30
 
 
 @dataclass(frozen=True)
 class Device:
-    """memory in bytes; flops a second by dtype; bandwidth in bytes a second; seconds that any operator takes."""
+    """memory in bytes; flops a second by dtype; bandwidth in bytes a second."""
 
     name: str
     kind: str
@@ -38,7 +39,6 @@ class Device:
     memory: int
     flops: dict[str, float]
     bandwidth: float
-    launch: float = LAUNCH
     measured: bool = False
 
 
@@ -96,8 +96,10 @@ def reserve(peak: int, device: Device) -> int:
 
 def seconds(work: Iterable[tuple[int, int, float]], device: Device, dtype: str) -> float:
     """Of a step: (operations, bytes, how many times) of its operators."""
-    flops = device.flops[dtype]
-    return sum(n * max(done / flops, moved / device.bandwidth, device.launch) for done, moved, n in work)
+    flops, listed = device.flops[dtype], list(work)
+    computed = sum(n * max(done / flops, moved / device.bandwidth) for done, moved, n in listed)
+    called = HOST * sum(n for _, _, n in listed)
+    return max(computed, called) if device.kind == "cuda" else computed + called
 
 
 def measured(device: torch.device) -> Device:
@@ -126,10 +128,9 @@ def _measure(device: torch.device, name: str) -> Device:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         flops[label] = 2 * size**3 / _timed(lambda a=a, b=b: a @ b, device)
     x = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
-    y, few = torch.empty_like(x), torch.randn(8, device=device)
+    y = torch.empty_like(x)
     bandwidth = 2 * x.numel() * 4 / _timed(lambda: y.copy_(x), device)
-    launch = _timed(lambda: [few.add(1) for _ in range(100)], device) / 100
-    return Device(name, device.type, _memory(device), flops, bandwidth, max(launch, 1e-6), measured=True)
+    return Device(name, device.type, _memory(device), flops, bandwidth, measured=True)
 
 
 def _timed(act: Callable[[], object], device: torch.device, rounds: int = 7) -> float:

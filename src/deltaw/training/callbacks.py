@@ -5,9 +5,7 @@ adapter must have one that is not zero. A branch that never trains is named, not
 """
 
 import math
-import resource
 import signal
-import sys
 import time
 from types import FrameType
 from typing import Any
@@ -22,14 +20,7 @@ from deltaw.core.attach import adapters, kinds
 from deltaw.core.base import base_parameters
 from deltaw.core.errors import TrainError, faults
 from deltaw.runs.directory import RunDirectory
-
-
-def peak_memory() -> int:
-    """Most bytes in use so far: of the accelerator where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+from deltaw.training.watch import peak_memory
 
 
 class Events(TrainerCallback):

@@ -13,7 +13,7 @@ device, which writes out [length, length].
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,8 @@ def _attention(device: str) -> Iterator[None]:
     ) -> Tensor:  # fmt: skip
         if q.device.type != "meta":
             return own(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if enable_gqa and device != "cpu" and (attn_mask is not None or q.dtype == torch.float32):
+            return own(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)  # no kernel has all that
         if enable_gqa:
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
         if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -138,8 +140,30 @@ def _attention(device: str) -> Iterator[None]:
         F.scaled_dot_product_attention = own
 
 
-def dress(model: nn.Module, plan: TargetPlan) -> None:
-    """The adapters of a plan on an outline: their shapes, not what they start from."""
+class _Decoded(torch.autograd.Function):
+    """x Wᵀ + bias with a W that is decoded for this product alone, there and back: what a quantised layer does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.weight = weight
+        return F.linear(x, torch.empty_like(weight, dtype=x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0] @ torch.empty_like(ctx.weight, dtype=grads[0].dtype), None, None
+
+
+class QuantizedOutline(nn.Linear):
+    """A linear layer whose weight will be loaded in fewer bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Decoded.apply(x, self.weight, self.bias)  # type: ignore[no-any-return]
+
+
+def dress(model: nn.Module, plan: TargetPlan, quantized: Iterable[nn.Module] = ()) -> None:
+    """The adapters of a plan on an outline: their shapes, not what they start from. quantized: layers in fewer bits."""
+    for layer in quantized:
+        layer.__class__ = QuantizedOutline
     there, built = by_path(model), []
     for target in plan.targets:
         host = host_of(there[target.site.path], target.site.slot, target.method.host)

@@ -6,7 +6,6 @@ run.adapter, run.losses["held_out"]
 
 import dataclasses
 import functools
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,14 +40,16 @@ from deltaw.runs.diagnosis import Finding
 from deltaw.runs.directory import RunDirectory
 from deltaw.runs.report import html_report
 from deltaw.training import ending
-from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, Steps, peak_memory
+from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, Steps
 from deltaw.training.facts import described, environment, facts, reporters, unchanged
+from deltaw.training.forecast import foreseen
 from deltaw.training.general import General
 from deltaw.training.optimizer import build, groups
-from deltaw.training.outlook import outlook
+from deltaw.training.outlook import outlook, steps
 from deltaw.training.prepare import Prepared, brought, prepare, read_by
 from deltaw.training.rows import attach_rows, readable
 from deltaw.training.trainer import NAME, AdapterTrainer
+from deltaw.training.watch import Watch, peak_memory
 
 FIRST_BATCHES = 64
 """Most batches that a method may look at before training."""
@@ -122,14 +123,14 @@ def _train(config: Config, run: RunDirectory, quiet: bool, resume: bool, shelf: 
     given = brought(config, checkpoint)
     data: Prepared = shelf.get("data", (*read_by(config), given), lambda: prepare(config, given))
     reporters(config.train.report_to)
-    if checkpoint is None:
-        outlook(config)  # targets that cannot be adapted stop here, before the base's weights are read
+    look = None if checkpoint is not None else outlook(config)  # targets that cannot be adapted stop here
     dtype, quantize = config.train.dtype, config.quantize
     wanted = (config.model, dtype, quantize)
     base: Base = shelf.get("base", wanted, lambda: load_base(config.model, dtype=dtype, quantize=quantize))
     base = dataclasses.replace(base, tokenizer=data.tokenizer)
+    predicted = {} if look is None else foreseen(config, look, data, base.model)
     try:
-        return _on(base, config, run, data, quiet, checkpoint, began)
+        return _on(base, config, run, data, quiet, checkpoint, began, predicted)
     finally:
         _bare(base, config.train.checkpointing)
 
@@ -144,18 +145,20 @@ def _bare(base: Base, checkpointing: bool) -> None:
 
 
 def _on(
-    base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bool, checkpoint: Path | None, began: float
-) -> Run:
-    resume = checkpoint is not None
-    steps, every = _steps(config, len(data.encoded))
+    base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bool, checkpoint: Path | None, began: float,
+    predicted: Mapping[str, Any],
+) -> Run:  # fmt: skip
+    resume, watch = checkpoint is not None, Watch(base.model)
+    total, every = steps(config, len(data.encoded))
     set_seed(config.train.seed)
     plan, parents, remarks = _attach(config, base, run, checkpoint, data)
     remarks += data.remarks
-    known = {**facts(config, base, data, plan, steps), "parents": parents}
+    known = {**facts(config, base, data, plan, total), "parents": parents, "predicted": predicted}
     packing = use_packing(config.data.packing, base.model, lengths(data.encoded), config.train.batch_size)
     score = _scorer(config, base, data, run)
     if resume:
         unchanged(run.plan(), known)
+        known["predicted"] = run.plan().get("predicted", {})
     optimizer = build(groups(base.model, NAME, config.train), config.train)
     if not resume:  # not before: what cannot be attached or optimised leaves no run behind
         run.create(config.to_dict(), deltaw.__version__)
@@ -164,19 +167,19 @@ def _on(
     _announce(progress, base, data, plan, remarks)
     base.model.train()
     trainer = AdapterTrainer(
-        base.model, run, config.train, steps, every, data.encoded, data.held_out,
+        base.model, run, config.train, total, every, data.encoded, data.held_out,
         Collator(base.tokenizer, packing=packing), optimizer,
         [Events(run), GradientCheck(run, NAME), Steps(base.model, NAME), stop, progress], score, data.kept.files,
     )  # fmt: skip
     general = General(base, NAME, run, data.general, data.held_out, config.train.batch_size)
-    run.log("resume" if resume else "start", steps=steps, trainable=plan.trainable, environment=environment())
+    run.log("resume" if resume else "start", steps=total, trainable=plan.trainable, environment=environment())
     for remark in remarks:
         run.log("warning", text=remark)
     try:
         general.before()
         if data.held_out and not resume:
             trainer.evaluate()
-        if checkpoint is not None and _was_over(run, checkpoint, steps):
+        if checkpoint is not None and _was_over(run, checkpoint, total):
             trainer.take(checkpoint)
         else:
             with fused(base.model):
@@ -188,9 +191,9 @@ def _on(
         stop.release()
         progress.release()
     reached = trainer.state.global_step
-    if stop.interrupted and reached < steps:
+    if stop.interrupted and reached < total:
         run.log("interrupted", step=reached)
-        raise Interrupted(f"interrupted at step {reached} of {steps}; continue with: deltaw train --resume {run.path}")
+        raise Interrupted(f"interrupted at step {reached} of {total}; continue with: deltaw train --resume {run.path}")
     base.model.eval()
     losses = ending.losses(run, trainer)
     general.after(reached)
@@ -200,6 +203,7 @@ def _on(
         "steps": reached,
         "seconds": round(time.monotonic() - began, 1),
         "peak_memory": peak_memory(),
+        "memory_increment": watch.rise,
     }
     state = described(config, base, extract(base.model, NAME), outcome, parents)
     directory.write(state, run.adapter, beside=data.kept.files)
@@ -282,12 +286,3 @@ def _announce(progress: ProgressBar, base: Base, data: Prepared, plan: TargetPla
     for remark in remarks:
         progress.say(f"note: {remark}")
     progress.console.print(data.on(progress.console), highlight=False, markup=False, soft_wrap=True)
-
-
-def _steps(config: Config, rows: int) -> tuple[int, int]:
-    """Optimizer steps in all, and between evaluations."""
-    t = config.train
-    batches = math.ceil(rows / t.batch_size)
-    steps = t.max_steps or max(1, math.ceil(math.ceil(batches / t.gradient_accumulation) * t.epochs))
-    every = max(1, math.ceil(steps / 5)) if t.eval_every == "auto" else t.eval_every
-    return steps, every

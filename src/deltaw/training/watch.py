@@ -1,0 +1,64 @@
+"""What a run takes: the most bytes in use since the base was loaded, above what was in use then.
+
+On a CUDA device bytes of tensors, as its allocator counts them. On a CPU the resident size of the process (Linux; elsewhere
+there is no way to forget an earlier peak, and nothing is said). The base's tensors are touched first: a checkpoint that
+is mapped into memory becomes resident page by page, and the first step would be charged for it.
+"""
+
+import contextlib
+import ctypes
+import gc
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+PAGE = 4096
+
+
+def peak_memory() -> int:
+    """Most bytes in use so far: of the accelerator where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Watch:
+    """Made where the base is loaded and nothing else is."""
+
+    def __init__(self, model: nn.Module):
+        self.cuda = next(model.parameters()).device.type == "cuda"
+        gc.collect()
+        self._start: int | None = None
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self._start = torch.cuda.memory_allocated()
+        elif CLEAR.exists():
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.device.type == "cpu":
+                    tensor.detach().view(-1)[:: max(1, PAGE // tensor.element_size())].float().sum()
+            _trim()
+            CLEAR.write_text("5", encoding="utf-8")  # the highest size so far is forgotten
+            self._start = _status("VmRSS")
+
+    @property
+    def rise(self) -> int | None:
+        """Bytes, or None where nobody knows."""
+        if self._start is None:
+            return None
+        return (torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")) - self._start
+
+
+def _status(word: str) -> int:
+    lines = STATUS.read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{word}:")))
+
+
+def _trim() -> None:
+    """What was freed while loading goes back to the system, where the C library can do that (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
