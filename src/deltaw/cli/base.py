@@ -105,3 +105,15 @@ def parsed(given: list[str]) -> Any:
     from deltaw.config import parse
 
     return parse.parse(record(given))
+
+
+def without_data(given: list[str]) -> tuple[Any, bool]:
+    """The configuration of `plan`, and whether it names rows: what a base takes is known without them."""
+    from deltaw.config import parse
+
+    found = record(given)
+    data = found.get("data")
+    there = bool(data.get("train") if isinstance(data, dict) else data)
+    if not there:
+        found = {**found, "data": {**(data or {}), "train": "rows"}}
+    return parse.parse(found), there

@@ -1,6 +1,7 @@
 """deltaw train: a configuration file, overrides, or both; --resume; or a sweep over values and seeds."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +45,11 @@ def train(
     config_given = parsed(given) if resume is None else None
     from deltaw.training import run as training
 
-    done = training.resume(resume, quiet=quiet) if resume is not None else training.train(config_given, quiet=quiet)
+    done = (
+        training.resume(resume, quiet=quiet)
+        if resume is not None
+        else training.train(config_given, quiet=quiet, ask=_ask)
+    )
     found = {
         "run": str(done.path), "adapter": str(done.adapter), "steps": done.steps, "seconds": done.seconds,
         "trainable": done.plan.trainable, "losses": dict(done.losses),
@@ -54,6 +59,15 @@ def train(
     show(found, as_json, f"{done.steps} steps in {done.seconds:.0f} s   loss: {losses}\nadapter: {done.adapter}")
     if quiet:  # else said already, with the progress
         tell(done.path, (str(finding) for finding in done.findings if finding.wrong))
+
+
+def _ask(warnings: list[str]) -> bool:
+    """Where somebody is there to be asked: start in spite of these?"""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return typer.confirm("start?", default=True, err=True)
 
 
 def _sweep(given: Any, axes: list[str], seeds: int, measure: str, quiet: bool, as_json: bool) -> None:

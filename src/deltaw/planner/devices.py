@@ -8,13 +8,13 @@ reach in practice: REACHED, measured on an H200 (docs/memory.md). This machine i
 remembered in a file of the user's cache.
 """
 
+import contextlib
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -68,30 +68,28 @@ CARDS = {
 }
 
 
-def named(name: str, here: Callable[[], Device]) -> Device:
-    """A device by its name: `here`, a card, or cpu-16g for this machine's processor with so many GB. UseError otherwise."""
+def named(name: str, here: Callable[[str], Device]) -> Device:
+    """A device by its name: `here`, a card, or cpu-16g for this machine's processor with so many GB. UseError otherwise.
+
+    here: what trains on this machine ("here"), or its processor ("cpu").
+    """
     if name == "here":
-        return here()
+        return here("here")
     if name in CARDS:
         card = CARDS[name]
         flops = {dtype: value * REACHED["flops"] for dtype, value in card.flops.items()}
         return replace(card, flops=flops, bandwidth=card.bandwidth * REACHED["bandwidth"])
     kind, _, size = name.partition("-")
     if kind == "cpu" and size.endswith("g") and size[:-1].isdigit() and int(size[:-1]):
-        return replace(measured(torch.device("cpu")), name=name, memory=int(size[:-1]) * GiB)
+        return replace(here("cpu"), name=name, memory=int(size[:-1]) * GiB)
     raise UseError(
         f"no device {name!r}{did_you_mean(name, CARDS)}: write here, cpu-24g (any number of GB), or one of {', '.join(CARDS)}"
     )
 
 
-def fits(peak: int, device: Device) -> bool:
-    """With the room that a driver, a context and fragments of an allocator take: see `reserve`."""
-    return peak + reserve(peak, device) <= device.memory
-
-
-def reserve(peak: int, device: Device) -> int:
-    """Bytes of a device that are no tensor's: 0.6 GiB of context and 4 % of fragments; on a CPU 1 GiB for the system."""
-    return int(0.6 * GiB + 0.04 * peak) if device.kind == "cuda" else GiB
+def room(device: Device) -> int:
+    """Bytes that tensors can have: without 0.6 GiB of context and 4 % of fragments on a card, 1 GiB of the system on a CPU."""
+    return int(0.96 * device.memory - 0.6 * GiB) if device.kind == "cuda" else device.memory - GiB
 
 
 def seconds(work: Iterable[tuple[int, int, float]], device: Device, dtype: str) -> float:
@@ -102,27 +100,25 @@ def seconds(work: Iterable[tuple[int, int, float]], device: Device, dtype: str) 
     return max(computed, called) if device.kind == "cuda" else computed + called
 
 
-def measured(device: torch.device) -> Device:
-    """This machine's device, measured once and then read from the user's cache."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+def measured(device: torch.device, processor: str) -> Device:
+    """This machine's device, measured once and then read from the user's cache. processor: its name, where that computes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
     key = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaw" / "devices.json"
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there, or cut off: it is measured again
         known = {}
-    if key not in known:
+    if set(known.get(key, ())) != {field.name for field in fields(Device)}:  # not there, or of another version
         known[key] = asdict(_measure(device, name))
-        try:
+        with contextlib.suppress(OSError):  # a home that cannot be written: it is measured each time
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(known, indent=1))
-        except OSError:  # a home that cannot be written: it is measured each time
-            return Device(**known[key])
     return replace(Device(**known[key]), memory=_memory(device))
 
 
 def _measure(device: torch.device, name: str) -> Device:
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 512
     flops = {}
     for label, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -133,7 +129,9 @@ def _measure(device: torch.device, name: str) -> Device:
     return Device(name, device.type, _memory(device), flops, bandwidth, measured=True)
 
 
-def _timed(act: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
+def _timed(act: Callable[[], object], device: torch.device, rounds: int = 7, most: float = 1.0) -> float:
+    """Median seconds of some calls after the first; of one alone where it is slow."""
+
     def once() -> float:
         began = time.perf_counter()
         act()
@@ -141,8 +139,10 @@ def _timed(act: Callable[[], object], device: torch.device, rounds: int = 7) -> 
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    once()
-    return statistics.median(once() for _ in range(rounds))
+    taken = [once()]
+    while len(taken) <= rounds and sum(taken) < most:
+        taken.append(once())
+    return statistics.median(taken[1:] or taken)
 
 
 def _memory(device: torch.device) -> int:
@@ -152,7 +152,3 @@ def _memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):  # no such question on this system
         return 16 * GiB
-
-
-def _processor() -> str:
-    return platform.processor() or platform.machine()

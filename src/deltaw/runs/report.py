@@ -27,6 +27,8 @@ def html_report(run: RunDirectory) -> str:
         "state": s.state, "steps": f"{s.step} of {s.steps}", "base": plan.get("base"), "method": plan.get("method"),
         "trainable": f"{s.trainable:,} of {plan.get('base_parameters', 0):,}", "rows": plan.get("rows"),
         "held-out rows": plan.get("held_out"), "seconds": round(s.seconds, 1), "peak memory": f"{s.peak_memory / 1e9:.2f} GB",
+        **_beside("memory above the base", s.memory_increment, s.memory_predicted, 1e6, "MB"),
+        **_beside("a step", s.step_seconds, s.step_seconds_predicted, 1.0, "s"),
         **{f"loss, {name}": f"{value:.4f}" for name, value in s.losses.items()}, **_general(s.general),
         **{name: f"{value:.4f}" for name, value in s.scores.items()},
     }  # fmt: skip
@@ -93,6 +95,14 @@ def _findings(findings: Sequence[Finding]) -> str:
     head = "<tr><th>question</th><th>verdict</th><th>evidence</th><th>next</th></tr>"
     lines = ("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table>{head}{''.join(lines)}</table>"
+
+
+def _beside(name: str, measured: float | None, predicted: float | None, unit: float, said: str) -> dict[str, str]:
+    """A measured number and the predicted one, where there are any."""
+    if measured is None:
+        return {}
+    more = "" if predicted is None else f" (predicted {predicted / unit:,.3g} {said})"
+    return {name: f"{measured / unit:,.3g} {said}{more}"}
 
 
 def _table(rows: dict[str, object]) -> str:

@@ -29,6 +29,12 @@ class Summary:
     general: Mapping[str, float] = field(default_factory=dict)
     """Loss on general text by the adapter's strength: "0" is the base, "1" the adapter."""
     findings: Sequence[Finding] = ()
+    memory_increment: int | None = None
+    """Bytes above the loaded base at most, measured; None where nobody knows."""
+    memory_predicted: int | None = None
+    step_seconds: float | None = None
+    """Of an optimizer step, the median of those made; predicted for the widest batch."""
+    step_seconds_predicted: float | None = None
 
 
 def find(folders: Iterable[str | Path]) -> list[RunDirectory]:
@@ -43,7 +49,7 @@ def summarise(run: RunDirectory) -> Summary:
         settings = flat(run.config())
     except DeltawError as error:
         return Summary(str(run.path), f"unreadable: {error}", 0, 0)
-    last = events[-1] if events else {}
+    last, predicted = events[-1] if events else {}, plan.get("predicted", {})
     end = next((event for event in reversed(events) if event["event"] == "end"), {})
     evals = [event for event in events if event["event"] == "eval"]
     named = {("held_out" if event["step"] else "base"): event["loss"] for event in evals}
@@ -64,6 +70,10 @@ def summarise(run: RunDirectory) -> Summary:
         settings=settings,
         general={f"{event['strength']:g}": event["loss"] for event in events if event["event"] == "general"},
         findings=recorded(run),
+        memory_increment=end.get("memory_increment"),
+        memory_predicted=predicted.get("memory", {}).get("increment_bytes"),
+        step_seconds=end.get("step_seconds"),
+        step_seconds_predicted=predicted.get("time", {}).get("step_seconds"),
     )
 
 
@@ -82,7 +92,7 @@ def table(summaries: Sequence[Summary]) -> str:
     # a setting that only some runs have (another method's) tells nothing where those agree
     apart = [key for key in keys if len({str(s.settings[key]) for s in summaries if key in s.settings}) > 1]
     scores = list(dict.fromkeys(name for summary in summaries for name in summary.scores))
-    rows = [["run", "state", "step", "base", "held out", *scores, "trainable", "seconds", *apart]]
+    rows = [["run", "state", "step", "base", "held out", *scores, "trainable", "seconds", "memory", "of predicted", *apart]]
     for s in summaries:
         cells = [
             s.path,
@@ -92,6 +102,9 @@ def table(summaries: Sequence[Summary]) -> str:
             _number(s.losses.get("held_out")),
         ]
         cells += [_number(s.scores.get(name)) for name in scores] + [f"{s.trainable:,}", f"{s.seconds:.0f}"]
+        taken, foreseen = s.memory_increment, s.memory_predicted
+        cells.append("–" if taken is None else f"{taken / 1e6:,.0f} MB")
+        cells.append("–" if not taken or not foreseen else f"{taken / foreseen:.0%}")
         rows.append(cells + [str(s.settings.get(key, "–")) for key in apart])
     return columns(rows)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from deltaw.runs.diagnosis import Finding, diagnose
@@ -26,3 +27,9 @@ def diagnosed(run: RunDirectory, plan: Mapping[str, Any], say: Callable[[str], N
         if finding.wrong:
             say(f"note: {finding}")
     return findings
+
+
+def over(run: RunDirectory, checkpoint: Path, steps: int) -> bool:
+    """Had the run made its last step, or stopped early, when it was cut off?"""
+    step = int(checkpoint.name.removeprefix("step-"))
+    return step >= steps or any(event["step"] == step for event in run.events("stopped"))

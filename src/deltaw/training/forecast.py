@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
 
 from deltaw.config.schema import Config
-from deltaw.models.base import DTYPES
-from deltaw.planner.devices import Device, fits, measured, reserve, seconds
+from deltaw.models.base import pick_device
+from deltaw.models.machine import cpu
+from deltaw.planner.devices import Device, measured, named, room, seconds
 from deltaw.planner.memory import Memory, said
-from deltaw.training.outlook import Batch, Outlook, outlook, widest
+from deltaw.training.outlook import Batch, Outlook, outlook, steps, widest
 from deltaw.training.prepare import Prepared
 
 
@@ -37,38 +38,114 @@ class Forecast:
             "batch": dataclasses.asdict(self.batch),
             "memory": self.memory.record(),
             "time": {"step_seconds": self.step_seconds},
+            "warnings": self.warnings,
             "fits": self.fits,
         }
 
     def __str__(self) -> str:
-        b, room = self.batch, self.device.memory - reserve(self.memory.peak, self.device)
+        b = self.batch
         verdict = "fits" if self.fits else "does NOT fit"
-        return (
-            f"memory of a step of {b.rows} rows of {b.length:,} tokens, {self.dtype}:\n{self.memory}\n"
-            f"{verdict} in {self.device.name}, which has {said(room)} for it; about {_time(self.step_seconds)} a step at most"
-        )
+        lines = [
+            f"a step of {b.rows} × {b.length:,} tokens in {self.dtype} takes",
+            *(f"  {line}" for line in str(self.memory).splitlines()),
+            f"{verdict} in {self.device.name}: {said(room(self.device))} are free for it, {_time(self.step_seconds)} a step at most",
+        ]
+        return "\n".join(lines + self.warnings)
+
+    @property
+    def short(self) -> dict[str, Any]:
+        return {
+            "name": self.device.name, "fits": self.fits, "peak_bytes": self.memory.peak, "step_seconds": self.step_seconds
+        }  # fmt: skip
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the device is bad at."""
+        slow = self.device.flops["fp32"] / self.device.flops["bf16"]
+        if self.dtype == "bf16" and slow > 2:
+            return [f"note: {self.device.name} computes bf16 {slow:.0f} times slower than fp32: set train.dtype=fp32"]
+        return []
 
 
 def forecast(config: Config, look: Outlook, batch: Batch, device: Device) -> Forecast:
-    """The forecast of a run with batches of `batch` at most on `device`. Uses the outline of `look` up."""
-    dtype = config.train.dtype if config.train.dtype != "auto" else ("bf16" if device.kind == "cuda" else "fp32")
+    """The forecast of a run with batches of `batch` at most on `device`."""
+    dtype = _dtype(config, device)
     counted, memory = look.count(config, batch, device.kind, dtype)
     taken = config.train.gradient_accumulation * seconds(counted.work, device, dtype)
-    return Forecast(device, dtype, batch, memory, taken, fits(memory.peak, device))
+    return Forecast(device, dtype, batch, memory, taken, memory.peak <= room(device))
 
 
-def foreseen(config: Config, look: Outlook, data: Prepared, model: nn.Module) -> dict[str, Any]:
-    """The record of the forecast of a run on a loaded base, or why there is none: a run does not depend on it."""
-    first = next(model.parameters())
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=_named(model)))
+class Looks:
+    """The outlooks of variants of one configuration: one for each dtype, quantised and not."""
+
+    def __init__(self) -> None:
+        self._there: dict[tuple[bool, str], Outlook] = {}
+
+    def forecast(self, config: Config, data: Prepared | None, device: Device, look: Outlook | None = None) -> Forecast:
+        key = config.quantize != "none", _dtype(config, device)
+        if key not in self._there:
+            found = look or outlook(config)
+            assert found is not None  # a run that goes on from an adapter has no forecast to begin with
+            self._there[key] = found
+        return forecast(config, self._there[key], widest(config, data), device)
+
+
+def _dtype(config: Config, device: Device) -> str:
+    if config.train.dtype != "auto":
+        return config.train.dtype
+    return "bf16" if device.kind == "cuda" else "fp32"
+
+
+def foreseen(config: Config, look: Outlook, data: Prepared) -> tuple[dict[str, Any], list[str]]:
+    """The record of the forecast of a run here, and what there is to warn of; or why there is none: a run does not depend on it."""
     try:
-        return forecast(config, look, widest(config, data), measured(first.device)).record()
+        found = forecast(config, look, widest(config, data), here())
     except Exception as error:  # whatever a foreign model raises where its tensors have no numbers
-        return {"unknown": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return {"unknown": f"{type(error).__name__}: {error}".splitlines()[0]}, []
+    warnings = list(found.warnings)
+    if not found.fits:
+        needed = (
+            f"a step takes {said(found.memory.peak)} at most, and {found.device.name} has {said(found.device.memory)}"
+        )
+        warnings.append(f"{needed}: deltaw plan says what would make it fit")
+    return found.record(), warnings
 
 
-def _named(model: nn.Module) -> Any:
-    return next((name for name, dtype in DTYPES.items() if dtype == model.dtype), "auto")
+def costs(config: Config, look: Outlook, data: Prepared | None, devices: Sequence[str]) -> dict[str, Any]:
+    """What a run takes on some devices, as plain data: the first in full, with what would make it fit, the others in short.
+
+    UseError for a device that is not known.
+    """
+    looks, chosen = Looks(), [named(name, here) for name in devices]
+    found = [looks.forecast(config, data, device, look if not n else None) for n, device in enumerate(chosen)]
+    first, total = found[0], 0 if data is None else steps(config, len(data.encoded))[0]
+    record = first.record()
+    record["text"] = str(first)
+    if total:
+        record["time"] |= {"steps": total, "total_seconds": total * first.step_seconds}
+        record["text"] += f"; {total:,} steps, at most {_time(total * first.step_seconds)}"
+    if not first.fits:
+        changes, after = cheaper(config, data, chosen[0], looks)
+        record["changes"] = [dataclasses.asdict(change) for change in changes]
+        record["after_changes"] = None if after is None else after.memory.record()
+        lines = [f"  {change.write}  ({change.costs})" for change in changes]
+        ends = "no change here is enough: a smaller base or a larger device" if after is None else (
+            f"then it takes {said(after.memory.peak)} and {_time(after.step_seconds)} a step"
+        )  # fmt: skip
+        record["text"] += "\n" + "\n".join(["what would make it fit, the cheapest first:", *lines, ends])
+    record["devices"] = [f.short for f in found]
+    for other in found[1:]:
+        verdict = "fits" if other.fits else "does NOT fit"
+        record["text"] += (
+            f"\n{verdict} in {other.device.name}: {said(other.memory.peak)} in {other.dtype}, "
+            f"{_time(other.step_seconds)} a step at most"
+        )
+    return record
+
+
+def here(kind: str = "here") -> Device:
+    """The device that training would take on this machine, or its processor ("cpu")."""
+    return measured(pick_device() if kind == "here" else torch.device("cpu"), cpu().name)
 
 
 @dataclass(frozen=True)
@@ -79,7 +156,9 @@ class Change:
     costs: str
 
 
-def cheaper(config: Config, data: Prepared | None, device: Device) -> tuple[list[Change], Forecast | None]:
+def cheaper(
+    config: Config, data: Prepared | None, device: Device, looks: Looks
+) -> tuple[list[Change], Forecast | None]:
     """The cheapest changes, in order, after which the run fits on `device`, with what it then takes; None where none is enough.
 
     Each is kept only if it is needed beside the later ones.
@@ -88,27 +167,23 @@ def cheaper(config: Config, data: Prepared | None, device: Device) -> tuple[list
     found: Forecast | None = None
     for change, apply in _changes(config):
         taken.append((change, apply))
-        found = _with(config, [one for _, one in taken], data, device)
+        found = looks.forecast(_with(config, [one for _, one in taken]), data, device)
         if found.fits:
             break
     else:
         return [change for change, _ in taken], None
     for one in taken[:-1]:  # the last one is needed, or it would have fitted before
         others = [other for other in taken if other is not one]
-        tried = _with(config, [apply for _, apply in others], data, device)
+        tried = looks.forecast(_with(config, [apply for _, apply in others]), data, device)
         if tried.fits:
             taken, found = others, tried
     return [change for change, _ in taken], found
 
 
-def _with(
-    config: Config, applied: Sequence[Callable[[Config], Config]], data: Prepared | None, device: Device
-) -> Forecast:
+def _with(config: Config, applied: Sequence[Callable[[Config], Config]]) -> Config:
     for apply in applied:
         config = apply(config)
-    look = outlook(config)
-    assert look is not None  # a run that goes on from an adapter has no forecast to begin with
-    return forecast(config, look, widest(config, data), device)
+    return config
 
 
 def _changes(config: Config) -> list[tuple[Change, Callable[[Config], Config]]]:
@@ -147,4 +222,7 @@ def _changes(config: Config) -> list[tuple[Change, Callable[[Config], Config]]]:
 
 
 def _time(taken: float) -> str:
-    return f"{taken:,.1f} s" if taken >= 1 else f"{1000 * taken:,.0f} ms"
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "s")):
+        if taken >= 2 * size or size == 1 <= taken:
+            return f"{taken / size:,.1f} {name}"
+    return f"{1000 * taken:,.0f} ms"

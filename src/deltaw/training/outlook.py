@@ -4,7 +4,7 @@ configuration → outline of the base → TargetPlan → adapters on the outline
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -17,9 +17,10 @@ from deltaw.models.base import DEFAULT_LENGTH, DTYPES, outline
 from deltaw.planner.memory import Memory, Weight, optimizer_bytes, weight_bytes
 from deltaw.training.prepare import Prepared
 from deltaw.training.rehearsal import Counted, dress, rehearse
+from deltaw.training.watch import holes
 
-OVERHEAD = {"cpu": (31e6, 0.0), "cuda": (34e6, 0.0)}
-"""Bytes, and share of what the tensors of a step take, beside them: libraries' own memory, rounding (docs/memory.md)."""
+OVERHEAD = {"cpu": 31_000_000, "cuda": 34_000_000}
+"""Bytes that libraries take for themselves once a step has run: modules that are imported late, cuBLAS' workspace (docs/memory.md)."""
 
 
 @dataclass(frozen=True)
@@ -32,36 +33,47 @@ class Batch:
     supervised: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outlook:
     """A base's outline and what will be attached to it."""
 
     model: Any
     plan: TargetPlan
+    _weights: list[Weight] = field(default_factory=list)
+    """Those of the base, known once the adapters are on the outline."""
+    _counted: dict[Any, Counted] = field(default_factory=dict)
 
     def count(self, config: Config, batch: Batch, kind: str, dtype: str) -> tuple[Counted, Memory]:
-        """A step of `batch` on a device of `kind` (cpu, cuda): what it computes, and its bytes by part. Uses the outline up."""
-        layers = _quantized(self.model) if config.quantize != "none" else []
-        weights = weight_bytes(_weights(self.model), DTYPES[dtype].itemsize, config.quantize)
-        dress(self.model.to(dtype=DTYPES[dtype]), self.plan, layers)
+        """A step of `batch` on a device of `kind` (cpu, cuda): what it computes, and its bytes by part.
+
+        The outline keeps the dtype of the first call, and whether it is quantised: others need another outlook.
+        """
+        if not self._weights:
+            self._weights += _weights(self.model)
+            layers = _quantized(self.model) if config.quantize != "none" else []
+            dress(self.model.to(dtype=DTYPES[dtype]), self.plan, layers)
         t = config.train
-        counted = rehearse(
-            self.model, batch.rows, batch.length, device=kind, padded=batch.padded, supervised=batch.supervised,
-            checkpointing=t.checkpointing, accumulated=t.gradient_accumulation > 1,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "device": kind, "padded": batch.padded, "supervised": batch.supervised, "checkpointing": t.checkpointing,
+            "accumulated": t.gradient_accumulation > 1,
+        }  # fmt: skip
+        key = batch, *options.values()
+        if key not in self._counted:
+            self._counted[key] = rehearse(self.model, batch.rows, batch.length, **options)
+        counted = self._counted[key]
         sizes = [p.numel() for p in self.model.parameters() if p.requires_grad]
         adapters, states, peak = 4 * sum(sizes), optimizer_bytes(sizes, t.optimizer), int(counted.peak)
         gradients = min(int(counted.gradients), peak)
         activations = min(int(counted.saved), peak - gradients)
-        fixed, share = OVERHEAD[kind]
+        kept = holes(t.checkpointing) * (adapters + states + peak) if kind == "cpu" else 0
         return counted, Memory(
-            weights=weights,
+            weights=weight_bytes(self._weights, DTYPES[dtype].itemsize, config.quantize),
             adapters=adapters,
             optimizer=states,
             gradients=gradients,
             activations=activations,
             work=peak - gradients - activations,
-            overhead=int(fixed + share * (adapters + states + peak)),
+            overhead=OVERHEAD[kind] + int(kept),
             evaluation=int(counted.evaluation),
         )
 

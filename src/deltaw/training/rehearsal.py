@@ -34,7 +34,7 @@ from deltaw.infer.loss import SFTLoss
 
 aten: Any = torch.ops.aten
 NAME = "rehearsal"
-FEW = (2, 4)  # layers that stand for many
+FEW = (2, 3)  # layers that stand for many
 
 
 @dataclass(frozen=True)
@@ -194,23 +194,30 @@ def rehearse(
     supervised: share of the positions that are learnt; accumulated: are gradients of an earlier batch there?
     Where all layers are alike, a few of them stand for all.
     """
-    options = {"device": device, "padded": padded, "supervised": supervised, "checkpointing": checkpointing}
+    options: dict[str, Any] = {
+        "device": device, "padded": padded, "supervised": supervised, "checkpointing": checkpointing,
+        "accumulated": accumulated,
+    }  # fmt: skip
     layers = _alike(model)
-    if layers is None or accumulated:
-        return _rehearse(model, rows, length, accumulated=accumulated, **options)
+    if layers is None:
+        return _rehearse(model, rows, length, **options)
     found, there = [], dict(layers._modules)
     try:
         for count in FEW:
             layers._modules = dict(list(there.items())[:count])
-            found.append(_rehearse(model, rows, length, **options))
+            found.append(_rehearse(model, rows, length, evaluates=count == FEW[0], **options))
     finally:
         layers._modules = there
-    return found[0].deeper(found[1], (len(there) - FEW[0]) / (FEW[1] - FEW[0]))
+    near, far = (
+        found[0],
+        dataclasses.replace(found[1], evaluation=found[0].evaluation),
+    )  # which keeps nothing of a layer
+    return near.deeper(far, (len(there) - FEW[0]) / (FEW[1] - FEW[0]))
 
 
 def _rehearse(
     model: Any, rows: int, length: int, *, device: str, padded: bool, supervised: float, checkpointing: bool,
-    accumulated: bool = False,
+    accumulated: bool, evaluates: bool = True,
 ) -> Counted:  # fmt: skip
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in parameters)
@@ -249,8 +256,9 @@ def _rehearse(
             parameter.grad = None
         model.eval()
         meter.peak = meter.alive
-        with torch.no_grad():
-            loss.summed(forward(), torch.empty(count, dtype=torch.int64, device="meta"))
+        if evaluates:
+            with torch.no_grad():
+                loss.summed(forward(), torch.empty(count, dtype=torch.int64, device="meta"))
         passed()
     extra = gradients if accumulated else 0  # those of the earlier batch, which the meter did not see being made
     first, saved, second, third, evaluation = peaks
@@ -259,7 +267,7 @@ def _rehearse(
 
 def _alike(model: nn.Module) -> nn.ModuleList | None:
     """The largest list of layers that are all alike, if it is long enough to be worth it."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > FEW[1]]
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > FEW[1] + 1]
     same = [m for m in lists if len({_signature(layer) for layer in m}) == 1]
     return max(same, key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
 

@@ -49,7 +49,7 @@ from deltaw.training.outlook import outlook, steps
 from deltaw.training.prepare import Prepared, brought, prepare, read_by
 from deltaw.training.rows import attach_rows, readable
 from deltaw.training.trainer import NAME, AdapterTrainer
-from deltaw.training.watch import Watch, peak_memory
+from deltaw.training.watch import Watch, give_back, peak_memory
 
 FIRST_BATCHES = 64
 """Most batches that a method may look at before training."""
@@ -83,7 +83,17 @@ class Shelf:
         return self._kept[kind][1]
 
 
-def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = False, shelf: Shelf | None = None) -> Run:
+Ask = Callable[[list[str]], bool]
+"""Of warnings, before anything is paid for: shall the run start?"""
+
+
+def train(
+    config: Config | Mapping[str, Any] | str | Path,
+    *,
+    quiet: bool = False,
+    shelf: Shelf | None = None,
+    ask: Ask | None = None,
+) -> Run:
     """Train an adapter as `config` says (a Config, the same as plain data, or a YAML file) in a new run directory.
 
     Only adapter tensors receive gradients, checked at the first step. Raises ConfigError, DataError, TargetError before
@@ -96,7 +106,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = Fals
         config = parse.parse(config)
     run = RunDirectory(config.output)
     run.must_be_free()
-    return _train(config, run, quiet, resume=False, shelf=shelf or Shelf())
+    return _train(config, run, quiet, resume=False, shelf=shelf or Shelf(), ask=ask)
 
 
 def resume(path: str | Path, *, quiet: bool = False, shelf: Shelf | None = None) -> Run:
@@ -117,20 +127,22 @@ def one_process() -> None:
         raise UseError(f"training runs in one process, torchrun started {world}: start `deltaw train` by itself")
 
 
-def _train(config: Config, run: RunDirectory, quiet: bool, resume: bool, shelf: Shelf) -> Run:
+def _train(config: Config, run: RunDirectory, quiet: bool, resume: bool, shelf: Shelf, ask: Ask | None = None) -> Run:
     began = time.monotonic()
     checkpoint = run.last_checkpoint() if resume else None
     given = brought(config, checkpoint)
     data: Prepared = shelf.get("data", (*read_by(config), given), lambda: prepare(config, given))
     reporters(config.train.report_to)
     look = None if checkpoint is not None else outlook(config)  # targets that cannot be adapted stop here
+    predicted, warned = ({}, []) if look is None else foreseen(config, look, data)
+    if ask is not None and (warned or data.remarks) and not ask([*warned, *data.remarks]):
+        raise UseError("not started")
     dtype, quantize = config.train.dtype, config.quantize
     wanted = (config.model, dtype, quantize)
     base: Base = shelf.get("base", wanted, lambda: load_base(config.model, dtype=dtype, quantize=quantize))
     base = dataclasses.replace(base, tokenizer=data.tokenizer)
-    predicted = {} if look is None else foreseen(config, look, data, base.model)
     try:
-        return _on(base, config, run, data, quiet, checkpoint, began, predicted)
+        return _on(base, config, run, data, quiet, checkpoint, began, predicted, warned)
     finally:
         _bare(base, config.train.checkpointing)
 
@@ -146,13 +158,15 @@ def _bare(base: Base, checkpointing: bool) -> None:
 
 def _on(
     base: Base, config: Config, run: RunDirectory, data: Prepared, quiet: bool, checkpoint: Path | None, began: float,
-    predicted: Mapping[str, Any],
+    predicted: Mapping[str, Any], warned: list[str],
 ) -> Run:  # fmt: skip
     resume, watch = checkpoint is not None, Watch(base.model)
+    if config.train.checkpointing and not watch.cuda:
+        give_back()
     total, every = steps(config, len(data.encoded))
     set_seed(config.train.seed)
     plan, parents, remarks = _attach(config, base, run, checkpoint, data)
-    remarks += data.remarks
+    remarks += [*warned, *data.remarks]
     known = {**facts(config, base, data, plan, total), "parents": parents, "predicted": predicted}
     packing = use_packing(config.data.packing, base.model, lengths(data.encoded), config.train.batch_size)
     score = _scorer(config, base, data, run)
@@ -179,7 +193,7 @@ def _on(
         general.before()
         if data.held_out and not resume:
             trainer.evaluate()
-        if checkpoint is not None and _was_over(run, checkpoint, total):
+        if checkpoint is not None and ending.over(run, checkpoint, total):
             trainer.take(checkpoint)
         else:
             with fused(base.model):
@@ -210,12 +224,6 @@ def _on(
     run.log("end", **outcome)
     write_text(run.path / "report.html", html_report(run))
     return Run(run.path, run.adapter, plan, reached, outcome["seconds"], losses, findings)
-
-
-def _was_over(run: RunDirectory, checkpoint: Path, steps: int) -> bool:
-    """Had the run made its last step, or stopped early, when it was cut off?"""
-    step = int(checkpoint.name.removeprefix("step-"))
-    return step >= steps or any(event["step"] == step for event in run.events("stopped"))
 
 
 def _attach(

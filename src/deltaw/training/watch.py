@@ -8,6 +8,8 @@ is mapped into memory becomes resident page by page, and the first step would be
 import contextlib
 import ctypes
 import gc
+import os
+import platform
 import resource
 import sys
 from pathlib import Path
@@ -62,3 +64,30 @@ def _trim() -> None:
     """What was freed while loading goes back to the system, where the C library can do that (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
+HOLES = 0.77
+"""Of the bytes of a step's tensors, what glibc keeps beside them in holes that the next tensor does not fit (docs/memory.md)."""
+
+
+def give_back() -> bool:
+    """Have glibc return what is freed: blocks of 1 MB and more get pages of their own. False where there is no such library.
+
+    As it comes, it raises that limit to 32 MB by itself, and checkpointing then saves nothing: what a layer frees stays in
+    holes. The pages of each large tensor are then made anew, which costs time; so it is not done where nobody asked for memory.
+    """
+    if not _glibc():
+        return False
+    with contextlib.suppress(OSError, AttributeError):
+        return bool(ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20))  # M_MMAP_THRESHOLD
+    return False
+
+
+def holes(checkpointing: bool) -> float:
+    """Share of a step's tensors that the C library will keep beside them."""
+    return 0.0 if checkpointing or THRESHOLD in os.environ or not _glibc() else HOLES
+
+
+def _glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
