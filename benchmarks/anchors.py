@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks._common import keep, parser
 from deltaw.planner.memory import weight_bytes
-from deltaw.training.outlook import _quantized, _weights
-from deltaw.training.rehearsal import Meter, QuantizedOutline, _attention
+from deltaw.training.outlook import base_weights, quantized_layers
+from deltaw.training.rehearsal import Meter, QuantizedOutline, attention
 
 GiB, GB = 2**30, 10**9
 QV = ("q_proj", "v_proj")
@@ -102,9 +102,9 @@ def peak(anchor: Anchor) -> int:
     config = LlamaConfig(**{**heads, **MODELS[anchor.model]})
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
-        base = weight_bytes(_weights(model), 2, anchor.quantize)
+        base = weight_bytes(base_weights(model), 2, anchor.quantize)
         if anchor.quantize != "none":
-            for layer in _quantized(model):
+            for layer in quantized_layers(model):
                 layer.__class__ = QuantizedOutline
         lora = peft.LoraConfig(r=anchor.rank, lora_alpha=2 * anchor.rank, target_modules=list(anchor.targets))
         model = peft.get_peft_model(model, lora, autocast_adapter_dtype=anchor.trained == 16)
@@ -115,7 +115,7 @@ def peak(anchor: Anchor) -> int:
     trained = [p for p in model.parameters() if p.requires_grad]
     size = sum(p.numel() for p in trained)
     ids = torch.empty(anchor.rows, anchor.length, dtype=torch.int64, device="meta")
-    with _attention("cuda"), Meter(model) as meter:
+    with attention("cuda"), Meter(model) as meter:
         loss_of(model, ids, anchor.loss).backward()
     gradient = trained[0].element_size()
     return base + size * (anchor.trained - gradient) + max(meter.peak, gradient * size)

@@ -6,7 +6,7 @@ The increment of the resident size over the loaded base: predicted from configur
 measured as the run's own end event has it. Random Llamas of 5 to 75 M parameters; half of the configurations, marked, gave the
 constants of the overhead. `given back`: the C library returns what is freed (MALLOC_MMAP_THRESHOLD_=1048576), so that the
 process is as large as what is alive in it. `as it comes`: glibc keeps freed blocks for itself, in holes that the next tensor
-may not fit.
+may not fit. --only measures some anew and leaves the others as they were.
 """
 
 import json
@@ -22,7 +22,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks._common import keep, parser
+from benchmarks._common import RESULTS, keep, parser
 from deltaw.models.base import TINY
 
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
@@ -145,4 +145,8 @@ def main(arguments: list[str]) -> None:
     errors = [abs(one["error"]) for one in found.values()]
     print("median", statistics.median(errors), "worst", max(errors))
     if not args.dry:
-        keep("memory", {"threads": torch.get_num_threads(), "cases": found})
+        file = RESULTS / "memory.json"
+        before = json.loads(file.read_text(encoding="utf-8"))["cases"] if file.exists() else {}
+        together = {**before, **found}
+        cases = {case.name: together[case.name] for case in CASES if case.name in together}
+        keep("memory", {"threads": torch.get_num_threads(), "cases": cases})

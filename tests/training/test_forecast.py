@@ -14,6 +14,7 @@ from benchmarks import memory as measuring
 from deltaw.cli.main import main
 from deltaw.config import parse
 from deltaw.core import targets
+from deltaw.core.errors import UseError
 from deltaw.core.method import get
 from deltaw.infer.loss import SFTLoss
 from deltaw.planner.devices import CARDS, Device, named, room, seconds
@@ -187,7 +188,7 @@ def test_devices_by_name() -> None:
     assert named("cpu-24g", lambda kind: HERE).memory == 24 * 2**30
     assert named("h100-80g", lambda kind: HERE).flops["bf16"] < CARDS["h100-80g"].flops["bf16"]
     for wrong in ("h100", "cpu-0g", "cpu-g", ""):
-        with pytest.raises(deltaw.UseError, match="no device"):
+        with pytest.raises(UseError, match="no device"):
             named(wrong, lambda kind: HERE)
 
 
@@ -243,7 +244,7 @@ def test_what_does_not_fit_is_asked_before_the_base_is_read(
     monkeypatch.setattr("deltaw.training.run.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     asked: list[str] = []
     config = {"model": "tiny", "data": {"train": str(rows), "eval": None}, "output": str(tmp_path / "run")}
-    with pytest.raises(deltaw.UseError, match="not started"):
+    with pytest.raises(UseError, match="not started"):
         deltaw.train(config, quiet=True, ask=lambda warnings: bool(asked.extend(warnings)))
     assert any("deltaw plan says what would make it fit" in one for one in asked) and not (tmp_path / "run").exists()
 

@@ -92,7 +92,9 @@ def table(summaries: Sequence[Summary]) -> str:
     # a setting that only some runs have (another method's) tells nothing where those agree
     apart = [key for key in keys if len({str(s.settings[key]) for s in summaries if key in s.settings}) > 1]
     scores = list(dict.fromkeys(name for summary in summaries for name in summary.scores))
-    rows = [["run", "state", "step", "base", "held out", *scores, "trainable", "seconds", "memory", "of predicted", *apart]]
+    rows = [
+        ["run", "state", "step", "base", "held out", *scores, "trainable", "seconds", "memory", "of predicted", *apart]
+    ]
     for s in summaries:
         cells = [
             s.path,

@@ -6,6 +6,7 @@ adapter must have one that is not zero. A branch that never trains is named, not
 
 import math
 import signal
+import statistics
 import time
 from types import FrameType
 from typing import Any
@@ -28,8 +29,19 @@ class Events(TrainerCallback):
 
     def __init__(self, run: RunDirectory):
         self.run = run
+        self._began = 0.0
+        self._taken: list[float] = []
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The median of an optimizer step; the first, which compiles and fills caches, counts where there is no other."""
+        return statistics.median(self._taken[1:] or self._taken) if self._taken else None
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._taken.append(time.perf_counter() - self._began)
         control.should_log |= state.global_step >= state.max_steps  # the last loss, however rare the lines
 
     def on_log(

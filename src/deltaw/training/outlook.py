@@ -49,8 +49,8 @@ class Outlook:
         The outline keeps the dtype of the first call, and whether it is quantised: others need another outlook.
         """
         if not self._weights:
-            self._weights += _weights(self.model)
-            layers = _quantized(self.model) if config.quantize != "none" else []
+            self._weights += base_weights(self.model)
+            layers = quantized_layers(self.model) if config.quantize != "none" else []
             dress(self.model.to(dtype=DTYPES[dtype]), self.plan, layers)
         t = config.train
         options: dict[str, Any] = {
@@ -114,13 +114,14 @@ def steps(config: Config, rows: int) -> tuple[int, int]:
     return total, every
 
 
-def _quantized(model: nn.Module) -> list[nn.Module]:
+def quantized_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that bitsandbytes quantises: linear ones but for the head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [module for module in model.modules() if type(module) is nn.Linear and module is not head]
 
 
-def _weights(model: nn.Module) -> list[Weight]:
-    linear = {id(module.weight) for module in _quantized(model)}
+def base_weights(model: nn.Module) -> list[Weight]:
+    """The tensors of a base, and which of them would be quantised."""
+    linear = {id(module.weight) for module in quantized_layers(model)}
     tensors = (*model.parameters(), *model.buffers())
     return [Weight(t.numel(), len(t) if t.ndim else 1, id(t) in linear) for t in tensors]

@@ -77,7 +77,8 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
-        if func is aten._local_scalar_dense.default:  # models ask whether all positions are in order: they are
+        if func is aten._local_scalar_dense.default and args[0].device.type == "meta":
+            # models ask whether all positions are in order: they are
             return 1
         out = func(*args, **given)
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
@@ -107,7 +108,7 @@ class Meter(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _attention(device: str) -> Iterator[None]:
+def attention(device: str) -> Iterator[None]:
     """Outlines attend as `device` does; tensors with numbers in them, of other threads, as ever."""
     own = F.scaled_dot_product_attention
 
@@ -119,8 +120,6 @@ def _attention(device: str) -> Iterator[None]:
             return own(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if enable_gqa and device != "cpu" and (attn_mask is not None or q.dtype == torch.float32):
             return own(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)  # no kernel has all that
-        if enable_gqa:
-            k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, 0.0)
         if device == "cpu":
@@ -131,9 +130,8 @@ def _attention(device: str) -> Iterator[None]:
         kernel = aten._scaled_dot_product_efficient_attention
         return kernel(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
 
-    F.scaled_dot_product_attention = (
-        attend  # a mode of torch would not hold in the backward pass, where checkpoints run
-    )
+    # a mode of torch would not hold in the backward pass, where checkpoints run
+    F.scaled_dot_product_attention = attend
     try:
         yield
     finally:
@@ -236,7 +234,8 @@ def _rehearse(
         ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
         mask = torch.empty(rows, 1, length, length, dtype=torch.bool, device="meta") if padded else None
         hidden = loss.body(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        return hidden[:, :-1].reshape(-1, hidden.shape[-1])[:count].clone()
+        i, j = (torch.empty(count, dtype=torch.int64, device="meta") for _ in range(2))
+        return hidden[:, :-1][i, j]  # type: ignore[no-any-return]
 
     def learn() -> None:
         chosen = forward()
@@ -248,7 +247,7 @@ def _rehearse(
         total.backward()
         passed()
 
-    with fused(model), _checkpointing(model, checkpointing), _attention(device), meter:
+    with fused(model), _checkpointing(model, checkpointing), attention(device), meter:
         model.train()
         learn()
         work = tuple((done, moved, 1.0) for done, moved in meter.work)

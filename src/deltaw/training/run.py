@@ -177,13 +177,13 @@ def _on(
     if not resume:  # not before: what cannot be attached or optimised leaves no run behind
         run.create(config.to_dict(), deltaw.__version__)
     run.write_plan(known)
-    progress, stop = ProgressBar(quiet), CleanStop()
+    progress, stop, events = ProgressBar(quiet), CleanStop(), Events(run)
     _announce(progress, base, data, plan, remarks)
     base.model.train()
     trainer = AdapterTrainer(
         base.model, run, config.train, total, every, data.encoded, data.held_out,
         Collator(base.tokenizer, packing=packing), optimizer,
-        [Events(run), GradientCheck(run, NAME), Steps(base.model, NAME), stop, progress], score, data.kept.files,
+        [events, GradientCheck(run, NAME), Steps(base.model, NAME), stop, progress], score, data.kept.files,
     )  # fmt: skip
     general = General(base, NAME, run, data.general, data.held_out, config.train.batch_size)
     run.log("resume" if resume else "start", steps=total, trainable=plan.trainable, environment=environment())
@@ -218,6 +218,7 @@ def _on(
         "seconds": round(time.monotonic() - began, 1),
         "peak_memory": peak_memory(),
         "memory_increment": watch.rise,
+        "step_seconds": events.step_seconds,
     }
     state = described(config, base, extract(base.model, NAME), outcome, parents)
     directory.write(state, run.adapter, beside=data.kept.files)
