@@ -56,7 +56,7 @@ def test_published_models(
     }
     planned = outlook(parse.parse(record))
     assert planned is not None
-    assert (planned.base_parameters, planned.trainable) == (total, trainable)
+    assert (planned.plan.base_parameters, planned.plan.trainable) == (total, trainable)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "bottleneck", "llama_adapter", "boft"])
