@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks._common import keep, parser
 from deltaw.planner.memory import weight_bytes
+from deltaw.training.meter import Meter, attention
 from deltaw.training.outlook import base_weights, quantized_layers
-from deltaw.training.rehearsal import Meter, QuantizedOutline, attention
+from deltaw.training.rehearsal import QuantizedOutline
 
 GiB, GB = 2**30, 10**9
 QV = ("q_proj", "v_proj")

@@ -123,6 +123,15 @@ def run(case: Case, folder: Path, steps: int, environment: dict[str, str]) -> di
     }
 
 
+def kept(found: dict[str, Any]) -> None:
+    """Written after each case: those measured now, beside those of before."""
+    file = RESULTS / "memory.json"
+    before = json.loads(file.read_text(encoding="utf-8"))["cases"] if file.exists() else {}
+    together = {**before, **found}
+    cases = {case.name: together[case.name] for case in CASES if case.name in together}
+    keep("memory", {"threads": torch.get_num_threads(), "cases": cases})
+
+
 def main(arguments: list[str]) -> None:
     options = parser(__doc__)
     options.add_argument("--only", default="")
@@ -138,15 +147,11 @@ def main(arguments: list[str]) -> None:
             if args.plain:
                 one["as it comes"] = run(case, Path(folder) / "plain", args.steps, {})["measured"]
         found[case.name] = {"calibrates": case.calibrates, **one}
+        if not args.dry:
+            kept(found)
         shown = {
             key: round(one[key] / 1e6, 1) for key in ("predicted", "tensors", "measured", "as it comes") if key in one
         }
         print(case.name, shown, one["error"], flush=True)
     errors = [abs(one["error"]) for one in found.values()]
     print("median", statistics.median(errors), "worst", max(errors))
-    if not args.dry:
-        file = RESULTS / "memory.json"
-        before = json.loads(file.read_text(encoding="utf-8"))["cases"] if file.exists() else {}
-        together = {**before, **found}
-        cases = {case.name: together[case.name] for case in CASES if case.name in together}
-        keep("memory", {"threads": torch.get_num_threads(), "cases": cases})

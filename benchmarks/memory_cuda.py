@@ -142,7 +142,7 @@ def main(arguments: list[str]) -> None:
     options = parser(__doc__)
     options.add_argument("--only", default="")
     args = options.parse_args(arguments)
-    device = devices.measured(torch.device("cuda"), "")
+    device = devices.measured(torch.device("cuda"), "", 0)
     measured(Case("the first step of a process", 1024, 32000, 1, 128))
     wanted, found = args.only.split(";") if args.only else [case.name for case in CASES], {}
     for case in (case for case in CASES if case.name in wanted):

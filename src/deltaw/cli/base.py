@@ -111,7 +111,7 @@ def without_data(given: list[str]) -> tuple[Any, bool]:
     """The configuration of `plan`, and whether it names rows: what a base takes is known without them."""
     from deltaw.config import parse
 
-    found = record(given)
+    found = record(given) or {}
     data = found.get("data")
     there = bool(data.get("train") if isinstance(data, dict) else data)
     if not there:

@@ -42,7 +42,7 @@ def plan(
     data, planned = prepare(given) if with_data else None, outlook(given)
     record = {} if data is None else shown.record(data, rows)
     if planned is None:
-        trained = f"goes on from {given.adapter.start}, with its own targets"
+        trained = f"goes on from {given.adapter.start}, with its own targets; what it takes is not predicted"
     else:
         total, size = planned.plan.base_parameters, 4 * planned.plan.trainable  # trained tensors are fp32
         record["parameters"] = {"trainable": planned.plan.trainable, "total": total, "adapters": len(planned.plan)}

@@ -48,7 +48,7 @@ def train(
     done = (
         training.resume(resume, quiet=quiet)
         if resume is not None
-        else training.train(config_given, quiet=quiet, ask=_ask)
+        else training.train(config_given, quiet=quiet, ask=None if quiet or as_json else _ask)
     )
     found = {
         "run": str(done.path), "adapter": str(done.adapter), "steps": done.steps, "seconds": done.seconds,

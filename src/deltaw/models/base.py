@@ -108,7 +108,11 @@ def pick_dtype(dtype: str) -> torch.dtype:
         raise UseError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
     if dtype != "auto":
         return DTYPES[dtype]
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    return (
+        torch.bfloat16
+        if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        else torch.float32
+    )
 
 
 def pick_device() -> torch.device:
@@ -132,9 +136,15 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # labels come from spans, so that padding as eos is safe
+    return tokenizer, limit_of(config)
+
+
+def limit_of(config: Any) -> int | None:
+    """The longest row that a base reads, where its configuration says one."""
     text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return tokenizer, None if limit is None else int(limit)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    limit = next((found for name in names if (found := getattr(text, name, None))), None)
+    return None if limit is None else int(limit)
 
 
 def load_base(name: str, *, dtype: str = "auto", device: torch.device | None = None, quantize: str = "none") -> Base:

@@ -35,7 +35,7 @@ class Device:
 
     name: str
     kind: str
-    """cpu or cuda"""
+    """cpu, cuda or mps"""
     memory: int
     flops: dict[str, float]
     bandwidth: float
@@ -46,11 +46,11 @@ def _card(name: str, gigabytes: float, bf16: float, fp32: float, bandwidth: floa
     return Device(name, "cuda", int(gigabytes * GiB), {"bf16": bf16 * 1e12, "fp32": fp32 * 1e12}, bandwidth * GB)
 
 
-# usable GiB (what the driver reports), TFLOP/s of bf16 (fp16 where there is none) and fp32, GB/s
+# usable GiB (what the driver reports), TFLOP/s of bf16 (as in fp32 where it is emulated) and fp32, GB/s
 CARDS = {
     card.name: card
     for card in (
-        _card("t4-16g", 14.7, 65, 8.1, 320),
+        _card("t4-16g", 14.7, 8.1, 8.1, 320),
         _card("rtx3060-12g", 11.7, 51, 12.7, 360),
         _card("rtx3090-24g", 23.6, 71, 35.6, 936),
         _card("rtx4090-24g", 23.5, 165, 82.6, 1008),
@@ -89,7 +89,7 @@ def named(name: str, here: Callable[[str], Device]) -> Device:
 
 def room(device: Device) -> int:
     """Bytes that tensors can have: without 0.6 GiB of context and 4 % of fragments on a card, 1 GiB of the system on a CPU."""
-    return int(0.96 * device.memory - 0.6 * GiB) if device.kind == "cuda" else device.memory - GiB
+    return int(0.96 * device.memory - 0.6 * GiB) if device.kind != "cpu" else device.memory - GiB
 
 
 def seconds(work: Iterable[tuple[int, int, float]], device: Device, dtype: str) -> float:
@@ -97,11 +97,14 @@ def seconds(work: Iterable[tuple[int, int, float]], device: Device, dtype: str) 
     flops, listed = device.flops[dtype], list(work)
     computed = sum(n * max(done / flops, moved / device.bandwidth) for done, moved, n in listed)
     called = HOST * sum(n for _, _, n in listed)
-    return max(computed, called) if device.kind == "cuda" else computed + called
+    return computed + called if device.kind == "cpu" else max(computed, called)
 
 
-def measured(device: torch.device, processor: str) -> Device:
-    """This machine's device, measured once and then read from the user's cache. processor: its name, where that computes."""
+def measured(device: torch.device, processor: str, memory: int) -> Device:
+    """This machine's device, measured once and then read from the user's cache.
+
+    processor, memory: the name of its processor and the bytes it has, where that computes.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
     key = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaw" / "devices.json"
@@ -114,19 +117,21 @@ def measured(device: torch.device, processor: str) -> Device:
         with contextlib.suppress(OSError):  # a home that cannot be written: it is measured each time
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(known, indent=1))
-    return replace(Device(**known[key]), memory=_memory(device))
+    if device.type == "cuda":
+        memory = int(torch.cuda.mem_get_info(device)[1])
+    return replace(Device(**known[key]), memory=memory)
 
 
 def _measure(device: torch.device, name: str) -> Device:
-    size = 8192 if device.type == "cuda" else 512
+    size = 512 if device.type == "cpu" else 4096
     flops = {}
     for label, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         flops[label] = 2 * size**3 / _timed(lambda a=a, b=b: a @ b, device)
-    x = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
+    x = torch.randn(2**24 if device.type == "cpu" else 2**28, device=device)
     y = torch.empty_like(x)
     bandwidth = 2 * x.numel() * 4 / _timed(lambda: y.copy_(x), device)
-    return Device(name, device.type, _memory(device), flops, bandwidth, measured=True)
+    return Device(name, device.type, 0, flops, bandwidth, measured=True)
 
 
 def _timed(act: Callable[[], object], device: torch.device, rounds: int = 7, most: float = 1.0) -> float:
@@ -135,20 +140,11 @@ def _timed(act: Callable[[], object], device: torch.device, rounds: int = 7, mos
     def once() -> float:
         began = time.perf_counter()
         act()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
         return time.perf_counter() - began
 
     taken = [once()]
     while len(taken) <= rounds and sum(taken) < most:
         taken.append(once())
     return statistics.median(taken[1:] or taken)
-
-
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):  # no such question on this system
-        return 16 * GiB

@@ -94,6 +94,11 @@ def not_falling(run: Course) -> Finding:
         return Finding(name, "fine", evidence)
     if rose:
         return Finding(name, "fault", evidence, f"lower train.learning_rate{now} to a third or a tenth")
+    if run.evals and min(values(run.evals)) < run.evals[0][1]:
+        small = "it falls, by less than 2 %: train longer, or raise train.learning_rate, if the rows have more to teach"
+        return Finding(name, "warning", evidence, small)
+    if not run.evals and run.lines[-1][1] < run.lines[0][1]:
+        return Finding(name, "unknown", f"{evidence}, within the noise of its lines: set data.eval")
     labels = "see in `deltaw plan` that the answers are what is learnt and the template is the base's"
     return Finding(name, "fault", evidence, f"{labels}; then raise train.learning_rate{now} three to ten times")
 
@@ -265,11 +270,12 @@ def _climb(run: Course) -> str:
 
 def _spike(run: Course) -> str:
     """Lines that jump out of those before them, the highest of them named."""
-    numbers, usual, found = values(run.lines), noise(values(run.lines)), []
+    numbers, found = values(run.lines), []
+    usual = noise([math.log(max(number, SMALL)) for number in numbers])  # noise is a share of the loss, which falls
     for place in range(MIN_LINES, len(numbers)):
         level = statistics.median(numbers[place - MIN_LINES : place])
         jump = numbers[place] - level
-        if jump > max(SPIKE * level, 8 * usual, SMALL):
+        if jump > max(SPIKE * level, level * (math.exp(min(8 * usual, 50.0)) - 1), SMALL):
             found.append((jump, run.lines[place][0], level, numbers[place]))
     if not found:
         return ""

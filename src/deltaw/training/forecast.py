@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from deltaw.config.schema import Config
+from deltaw.methods.full import Full
 from deltaw.models.base import pick_device
 from deltaw.models.machine import cpu
 from deltaw.planner.devices import Device, measured, named, room, seconds
 from deltaw.planner.memory import Memory, said
-from deltaw.training.outlook import Batch, Outlook, outlook, steps, widest
+from deltaw.training.outlook import Batch, Outlook, longest, outlook, steps, widest
 from deltaw.training.prepare import Prepared
 
 
@@ -87,21 +88,22 @@ class Looks:
             found = look or outlook(config)
             assert found is not None  # a run that goes on from an adapter has no forecast to begin with
             self._there[key] = found
-        return forecast(config, self._there[key], widest(config, data), device)
+        there = self._there[key]
+        return forecast(config, there, widest(config, data, there.limit), device)
 
 
 def _dtype(config: Config, device: Device) -> str:
     if config.train.dtype != "auto":
         return config.train.dtype
-    return "bf16" if device.kind == "cuda" else "fp32"
+    return "bf16" if device.kind == "cuda" and device.flops["bf16"] > device.flops["fp32"] else "fp32"
 
 
 def foreseen(config: Config, look: Outlook, data: Prepared) -> tuple[dict[str, Any], list[str]]:
     """The record of the forecast of a run here, and what there is to warn of; or why there is none: a run does not depend on it."""
     try:
-        found = forecast(config, look, widest(config, data), here())
+        found = forecast(config, look, widest(config, data, look.limit), here())
     except Exception as error:  # whatever a foreign model raises where its tensors have no numbers
-        return {"unknown": f"{type(error).__name__}: {error}".splitlines()[0]}, []
+        return {"unknown": _why(error)}, []
     warnings = list(found.warnings)
     if not found.fits:
         needed = (
@@ -117,7 +119,10 @@ def costs(config: Config, look: Outlook, data: Prepared | None, devices: Sequenc
     UseError for a device that is not known.
     """
     looks, chosen = Looks(), [named(name, here) for name in devices]
-    found = [looks.forecast(config, data, device, look if not n else None) for n, device in enumerate(chosen)]
+    try:
+        found = [looks.forecast(config, data, device, look if not n else None) for n, device in enumerate(chosen)]
+    except Exception as error:  # whatever a foreign model raises where its tensors have no numbers
+        return {"unknown": _why(error), "text": f"what a step takes is not known: {_why(error)}"}
     first, total = found[0], 0 if data is None else steps(config, len(data.encoded))[0]
     record = first.record()
     record["text"] = str(first)
@@ -125,14 +130,15 @@ def costs(config: Config, look: Outlook, data: Prepared | None, devices: Sequenc
         record["time"] |= {"steps": total, "total_seconds": total * first.step_seconds}
         record["text"] += f"; {total:,} steps, at most {_time(total * first.step_seconds)}"
     if not first.fits:
-        changes, after = cheaper(config, data, chosen[0], looks)
+        changes, after = cheaper(config, data, chosen[0], looks, look)
         record["changes"] = [dataclasses.asdict(change) for change in changes]
         record["after_changes"] = None if after is None else after.memory.record()
-        lines = [f"  {change.write}  ({change.costs})" for change in changes]
-        ends = "no change here is enough: a smaller base or a larger device" if after is None else (
-            f"then it takes {said(after.memory.peak)} and {_time(after.step_seconds)} a step"
-        )  # fmt: skip
-        record["text"] += "\n" + "\n".join(["what would make it fit, the cheapest first:", *lines, ends])
+        if after is None:
+            record["text"] += "\nno change of the configuration makes it fit: a smaller base or a larger device would"
+        else:
+            lines = [f"  {change.write}  ({change.costs})" for change in changes]
+            ends = f"then it takes {said(after.memory.peak)} and {_time(after.step_seconds)} a step"
+            record["text"] += "\n" + "\n".join(["what makes it fit, the cheapest first:", *lines, ends])
     record["devices"] = [f.short for f in found]
     for other in found[1:]:
         verdict = "fits" if other.fits else "does NOT fit"
@@ -145,7 +151,9 @@ def costs(config: Config, look: Outlook, data: Prepared | None, devices: Sequenc
 
 def here(kind: str = "here") -> Device:
     """The device that training would take on this machine, or its processor ("cpu")."""
-    return measured(pick_device() if kind == "here" else torch.device("cpu"), cpu().name)
+    processor = cpu()
+    device = pick_device() if kind == "here" else torch.device("cpu")
+    return measured(device, processor.name, processor.memory)
 
 
 @dataclass(frozen=True)
@@ -157,26 +165,34 @@ class Change:
 
 
 def cheaper(
-    config: Config, data: Prepared | None, device: Device, looks: Looks
+    config: Config, data: Prepared | None, device: Device, looks: Looks, look: Outlook
 ) -> tuple[list[Change], Forecast | None]:
-    """The cheapest changes, in order, after which the run fits on `device`, with what it then takes; None where none is enough.
+    """The cheapest changes, in order, after which the run fits on `device`, with what it then takes; nothing where none is enough.
 
     Each is kept only if it is needed beside the later ones.
     """
     taken: list[tuple[Change, Callable[[Config], Config]]] = []
     found: Forecast | None = None
-    for change, apply in _changes(config):
-        taken.append((change, apply))
-        found = looks.forecast(_with(config, [one for _, one in taken]), data, device)
-        if found.fits:
+
+    def tried(some: Sequence[tuple[Change, Callable[[Config], Config]]]) -> Forecast | None:
+        try:
+            there = looks.forecast(_with(config, [apply for _, apply in some]), data, device)
+        except Exception:  # a variant that a foreign model does not run is none
+            return None
+        return there if there.fits else None
+
+    for one in _changes(config, look):
+        taken.append(one)
+        found = tried(taken)
+        if found is not None:
             break
     else:
-        return [change for change, _ in taken], None
+        return [], None
     for one in taken[:-1]:  # the last one is needed, or it would have fitted before
         others = [other for other in taken if other is not one]
-        tried = looks.forecast(_with(config, [apply for _, apply in others]), data, device)
-        if tried.fits:
-            taken, found = others, tried
+        less = tried(others)
+        if less is not None:
+            taken, found = others, less
     return [change for change, _ in taken], found
 
 
@@ -186,8 +202,9 @@ def _with(config: Config, applied: Sequence[Callable[[Config], Config]]) -> Conf
     return config
 
 
-def _changes(config: Config) -> list[tuple[Change, Callable[[Config], Config]]]:
+def _changes(config: Config, look: Outlook) -> list[tuple[Change, Callable[[Config], Config]]]:
     """What saves memory, the cheapest first."""
+    whole = any(isinstance(target.method, Full) for target in look.plan.targets)
     t, found = config.train, []
 
     def train(**values: Any) -> Callable[[Config], Config]:
@@ -210,15 +227,20 @@ def _changes(config: Config) -> list[tuple[Change, Callable[[Config], Config]]]:
         ("nf4", "the base in 4 bits"),
         ("nf4-double", "the base in 4 bits, its scales in 8"),
     ):
+        if whole or look.quantized:  # a copy of a quantised weight is not trained, a quantised base not quantised again
+            break
         if config.quantize == "none" or (config.quantize, kind) == ("nf4", "nf4-double"):
             apply = lambda c, kind=kind: dataclasses.replace(c, quantize=kind)  # noqa: E731
             found.append((Change(f"quantize={kind}", costs), apply))
-    longest = config.data.max_length or 2048
     for length in (1024, 512, 256):
-        if length < longest:
+        if length < longest(config, look.limit):
             apply = lambda c, n=length: dataclasses.replace(c, data=dataclasses.replace(c.data, max_length=n))  # noqa: E731
             found.append((Change(f"data.max_length={length}", "longer rows are left out"), apply))
     return found
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _time(taken: float) -> str:

@@ -12,7 +12,7 @@ from deltaw.config.schema import Source
 from deltaw.core.adapter import WeightAdapter
 from deltaw.core.attach import adapters
 from deltaw.core.route import use
-from deltaw.data.dataset import encode_rows
+from deltaw.data.dataset import Encoder
 from deltaw.data.encode import Encoded, Policy
 from deltaw.data.rows import read_rows
 from deltaw.infer.evaluate import held_out_loss
@@ -25,21 +25,18 @@ TOKENS = 1 << 16
 HALF = 0.5
 
 
-def general_rows(given: Any, tokenizer: Any, max_length: int) -> list[Encoded]:
-    """The first rows of data.general, up to TOKENS of them, read as the base reads them; none where none are named."""
-    if given is None:
-        return []
-    found: list[Encoded] = []
-    for source in given if isinstance(given, tuple) else (given,):
-        rows = read_rows(source if isinstance(source, Source) else str(source))
-        objective = "text" if rows.form == "text" else "sft"
-        found += encode_rows(rows, tokenizer, Policy(max_length), objective=objective, pairs="chosen")[0]
-    kept, tokens = [], 0
-    for row in found:
-        kept.append(row)
-        tokens += len(row.ids)
-        if tokens >= TOKENS:
-            break
+def general_rows(sources: Sequence[Source], tokenizer: Any, max_length: int) -> list[Encoded]:
+    """The first rows of data.general, up to TOKENS tokens of them, read as the base reads them."""
+    kept, tokens = list[Encoded](), 0
+    for source in sources:
+        rows = read_rows(source)
+        encoder = Encoder(tokenizer, Policy(max_length), "text" if rows.form == "text" else "sft")
+        for piece in (piece for row in rows.rows for piece in encoder.add(row)):
+            if tokens >= TOKENS:
+                return kept
+            kept.append(piece)
+            tokens += len(piece.ids)
+        encoder.report(rows.parts, rows.source)  # an error where none is left
     return kept
 
 

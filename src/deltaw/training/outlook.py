@@ -11,15 +11,17 @@ from torch import nn
 
 from deltaw.config.schema import Config
 from deltaw.core import targets
+from deltaw.core.errors import UseError
 from deltaw.core.plan import TargetPlan
 from deltaw.data.store import lengths
-from deltaw.models.base import DEFAULT_LENGTH, DTYPES, outline
+from deltaw.models.base import DEFAULT_LENGTH, DTYPES, limit_of, outline
+from deltaw.models.quantize import method_of
 from deltaw.planner.memory import Memory, Weight, optimizer_bytes, weight_bytes
 from deltaw.training.prepare import Prepared
 from deltaw.training.rehearsal import Counted, dress, rehearse
 from deltaw.training.watch import holes
 
-OVERHEAD = {"cpu": 31_000_000, "cuda": 34_000_000}
+OVERHEAD = {"cpu": 31_000_000, "cuda": 34_000_000, "mps": 34_000_000}
 """Bytes that libraries take for themselves once a step has run: modules that are imported late, cuBLAS' workspace (docs/memory.md)."""
 
 
@@ -43,14 +45,33 @@ class Outlook:
     """Those of the base, known once the adapters are on the outline."""
     _counted: dict[Any, Counted] = field(default_factory=dict)
 
+    @property
+    def quantized(self) -> str | None:
+        """How the base's own files are quantised, in our words; None where they are not. UseError for what we do not know."""
+        own = getattr(self.model.config, "quantization_config", None)
+        if own is None:
+            return None
+        record = own if isinstance(own, dict) else own.to_dict()
+        if record.get("load_in_8bit"):
+            return "int8"
+        if record.get("load_in_4bit"):
+            return "nf4-double" if record.get("bnb_4bit_use_double_quant") else "nf4"
+        raise UseError(f"what a base quantised by {method_of(self.model.config)} takes is not known")
+
+    @property
+    def limit(self) -> int | None:
+        """The longest row that the base reads, where it says one."""
+        return limit_of(self.model.config)
+
     def count(self, config: Config, batch: Batch, kind: str, dtype: str) -> tuple[Counted, Memory]:
         """A step of `batch` on a device of `kind` (cpu, cuda): what it computes, and its bytes by part.
 
         The outline keeps the dtype of the first call, and whether it is quantised: others need another outlook.
         """
+        kind_of_weights = self.quantized or config.quantize
         if not self._weights:
             self._weights += base_weights(self.model)
-            layers = quantized_layers(self.model) if config.quantize != "none" else []
+            layers = quantized_layers(self.model) if kind_of_weights != "none" else []
             dress(self.model.to(dtype=DTYPES[dtype]), self.plan, layers)
         t = config.train
         options: dict[str, Any] = {
@@ -67,7 +88,7 @@ class Outlook:
         activations = min(int(counted.saved), peak - gradients)
         kept = holes(t.checkpointing) * (adapters + states + peak) if kind == "cpu" else 0
         return counted, Memory(
-            weights=weight_bytes(self._weights, DTYPES[dtype].itemsize, config.quantize),
+            weights=weight_bytes(self._weights, DTYPES[dtype].itemsize, kind_of_weights),
             adapters=adapters,
             optimizer=states,
             gradients=gradients,
@@ -91,18 +112,25 @@ def outlook(config: Config) -> Outlook | None:
     return Outlook(model, plan)
 
 
-def widest(config: Config, data: Prepared | None) -> Batch:
+def longest(config: Config, limit: int | None) -> int:
+    """Tokens of the longest row that a run takes. limit: what the base reads."""
+    return config.data.max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+
+
+def widest(config: Config, data: Prepared | None, limit: int | None) -> Batch:
     """The widest batch of a run's rows; without any, of rows as long as it takes.
 
-    It is as wide as the longest row, because every row of a batch is padded to the longest of it.
+    It is as wide as the longest row, because every row of a batch is padded to the longest of it. What is learnt of it is
+    counted on the longest rows, which may be unlike the others.
     """
-    size = config.train.batch_size
+    size, most = config.train.batch_size, longest(config, limit)
     if data is None:
-        return Batch(size, config.data.max_length or DEFAULT_LENGTH)
-    longest = config.data.max_length or DEFAULT_LENGTH
-    found, report = [min(n, longest) for n in lengths(data.encoded)], data.report
-    share = report.supervised_tokens / max(1, report.total_tokens)
-    return Batch(min(size, len(found)), max(found), size > 1 and min(found) != max(found), share)
+        return Batch(size, most)
+    found = [min(n, most) for n in lengths(data.encoded)]
+    order = sorted(range(len(found)), key=lambda n: -found[n])[:size]
+    learnt = sum(min(data.encoded[n].supervised, found[n]) for n in order)
+    share = min(1.0, learnt / max(1, len(order) * (found[order[0]] - 1)))
+    return Batch(len(order), found[order[0]], size > 1 and min(found) != max(found), share)
 
 
 def steps(config: Config, rows: int) -> tuple[int, int]:

@@ -129,7 +129,9 @@ def prepare(config: Config, given: Kept | None = None) -> Prepared:
     if d.max_length is not None and limit is not None and d.max_length > limit:
         raise ConfigError(f"data.max_length={d.max_length} is more than {config.model!r} reads: at most {limit} tokens")
     longest = d.max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
-    general = general_rows(d.general, tokenizer, longest)  # as the base reads them, before it gets a template or tokens
+    general = general_rows(
+        () if d.general is None else _sources(d, d.general), tokenizer, longest
+    )  # as the base reads them, before it gets a template or tokens
     tokens = given.give(tokenizer)
     tokens = tokens if tokens.ids else add_tokens(tokenizer, d.tokens)
     policy = Policy(longest, d.train_on_prompt, d.turns, d.overflow)

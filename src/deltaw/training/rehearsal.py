@@ -12,7 +12,6 @@ device, which writes out [length, length].
 
 import contextlib
 import dataclasses
-import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from deltaw.core.attach import trainable
 from deltaw.core.base import by_path
@@ -31,8 +27,8 @@ from deltaw.core.place import place
 from deltaw.core.plan import TargetPlan
 from deltaw.fusion.mlp import fused
 from deltaw.infer.loss import SFTLoss
+from deltaw.training.meter import Meter, attention
 
-aten: Any = torch.ops.aten
 NAME = "rehearsal"
 FEW = (2, 3)  # layers that stand for many
 
@@ -63,79 +59,6 @@ class Counted:
         grown = {name: (1 - times) * getattr(self, name) + times * getattr(other, name) for name in numbers}
         work = [*((*one, (1 - times) * n) for *one, n in self.work), *((*one, times * n) for *one, n in other.work)]
         return Counted(**grown, work=tuple(work))  # type: ignore[arg-type]
-
-
-class Meter(TorchDispatchMode):
-    """Bytes of the storages that are alive, of those made while it is on, and not of the model's own."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self.work: list[tuple[int, int]] = []
-        there = (t.untyped_storage() for t in (*model.parameters(), *model.buffers()))
-        self._known: dict[int, Any] = {storage._cdata: storage for storage in there}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        if func is aten._local_scalar_dense.default and args[0].device.type == "meta":
-            # models ask whether all positions are in order: they are
-            return 1
-        out = func(*args, **given)
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        for tensor in made:
-            self._see(tensor)
-        if not func.is_view and made:
-            read = [t for t in tree_leaves((args, given)) if isinstance(t, Tensor)]
-            moved = sum(t.numel() * t.element_size() for t in (*read, *made))
-            count = flop_registry.get(func._overloadpacket)
-            self.work.append((int(count(*args, **given, out_val=out)) if count else 0, moved))
-        return out
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes()
-
-        def gone(_: Any) -> None:
-            self.alive -= size
-            self._known.pop(key, None)
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-
-
-@contextlib.contextmanager
-def attention(device: str) -> Iterator[None]:
-    """Outlines attend as `device` does; tensors with numbers in them, of other threads, as ever."""
-    own = F.scaled_dot_product_attention
-
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-    ) -> Tensor:  # fmt: skip
-        if q.device.type != "meta":
-            return own(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        if enable_gqa and device != "cpu" and (attn_mask is not None or q.dtype == torch.float32):
-            return own(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)  # no kernel has all that
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, 0.0)
-        if device == "cpu":
-            kernel = aten._scaled_dot_product_flash_attention_for_cpu
-            return kernel(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]  # type: ignore[no-any-return]
-        if attn_mask is None and q.dtype != torch.float32:
-            return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
-        kernel = aten._scaled_dot_product_efficient_attention
-        return kernel(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
-
-    # a mode of torch would not hold in the backward pass, where checkpoints run
-    F.scaled_dot_product_attention = attend
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = own
 
 
 class _Decoded(torch.autograd.Function):
@@ -190,12 +113,21 @@ def rehearse(
 
     device: cpu or cuda, for the attention kernel; padded: are rows of unlike length, so that a mask is needed;
     supervised: share of the positions that are learnt; accumulated: are gradients of an earlier batch there?
-    Where all layers are alike, a few of them stand for all.
     """
     options: dict[str, Any] = {
-        "device": device, "padded": padded, "supervised": supervised, "checkpointing": checkpointing,
-        "accumulated": accumulated,
+        "device": device, "supervised": supervised, "checkpointing": checkpointing, "accumulated": accumulated,
+        "gathers": _head_is_all(model),
     }  # fmt: skip
+    try:
+        return _by_layers(model, rows, length, padded=padded, **options)
+    except Exception:  # a model that wants its mask in another form; without one it takes little less
+        if not padded:
+            raise
+        return _by_layers(model, rows, length, padded=False, **options)
+
+
+def _by_layers(model: nn.Module, rows: int, length: int, **options: Any) -> Counted:
+    """Where all layers are alike, a few of them stand for all."""
     layers = _alike(model)
     if layers is None:
         return _rehearse(model, rows, length, **options)
@@ -206,23 +138,21 @@ def rehearse(
             found.append(_rehearse(model, rows, length, evaluates=count == FEW[0], **options))
     finally:
         layers._modules = there
-    near, far = (
-        found[0],
-        dataclasses.replace(found[1], evaluation=found[0].evaluation),
-    )  # which keeps nothing of a layer
+    near, far = found
+    far = dataclasses.replace(far, evaluation=near.evaluation)  # which keeps nothing of a layer
     return near.deeper(far, (len(there) - FEW[0]) / (FEW[1] - FEW[0]))
 
 
 def _rehearse(
     model: Any, rows: int, length: int, *, device: str, padded: bool, supervised: float, checkpointing: bool,
-    accumulated: bool, evaluates: bool = True,
+    accumulated: bool, gathers: bool, evaluates: bool = True,
 ) -> Counted:  # fmt: skip
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in parameters)
     if accumulated:
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
-    meter, loss = Meter(model), SFTLoss(model, gathers=True, device=device)
+    meter, loss = Meter(model), SFTLoss(model, gathers=gathers, device=device)
     count = max(1, round(rows * (length - 1) * supervised))
     peaks = []
 
@@ -230,38 +160,65 @@ def _rehearse(
         peaks.append(meter.peak)
         meter.peak = meter.alive
 
+    def indices() -> Tensor:
+        return torch.empty(count, dtype=torch.int64, device="meta")
+
     def forward() -> Tensor:
+        """What the loss starts from: [N, H], or [N, V] where the head is not all."""
         ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
         mask = torch.empty(rows, 1, length, length, dtype=torch.bool, device="meta") if padded else None
-        hidden = loss.body(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        i, j = (torch.empty(count, dtype=torch.int64, device="meta") for _ in range(2))
-        return hidden[:, :-1][i, j]  # type: ignore[no-any-return]
+        body = loss.body if gathers else model
+        return body(input_ids=ids, attention_mask=mask, use_cache=False)[0][:, :-1][indices(), indices()]  # type: ignore[no-any-return]
 
-    def learn() -> None:
-        chosen = forward()
-        passed()
-        peaks.append(meter.alive)
-        total = loss.summed(chosen, torch.empty(count, dtype=torch.int64, device="meta"))
-        del chosen
-        passed()
-        total.backward()
-        passed()
+    def lost(chosen: Tensor) -> Tensor:
+        if gathers:
+            return loss.summed(chosen, indices())
+        return F.cross_entropy(chosen.float(), indices(), reduction="sum")
 
-    with fused(model), _checkpointing(model, checkpointing), attention(device), meter:
-        model.train()
-        learn()
-        work = tuple((done, moved, 1.0) for done, moved in meter.work)
+    try:
+        with fused(model), _checkpointing(model, checkpointing), attention(device), meter:
+            model.train()
+            chosen = forward()
+            passed()
+            peaks.append(meter.alive)
+            total = lost(chosen)
+            del chosen
+            passed()
+            total.backward()
+            passed()
+            work = tuple((done, moved, 1.0) for done, moved in meter.work)
+            for parameter in parameters:
+                parameter.grad = None
+            model.eval()
+            meter.peak = meter.alive
+            if evaluates:
+                with torch.no_grad():
+                    lost(forward())
+            passed()
+    finally:
         for parameter in parameters:
             parameter.grad = None
-        model.eval()
-        meter.peak = meter.alive
-        if evaluates:
-            with torch.no_grad():
-                loss.summed(forward(), torch.empty(count, dtype=torch.int64, device="meta"))
-        passed()
     extra = gradients if accumulated else 0  # those of the earlier batch, which the meter did not see being made
     first, saved, second, third, evaluation = peaks
     return Counted(saved + extra, first + extra, second + extra, third + extra, evaluation, gradients, work)
+
+
+@torch.no_grad()
+def _head_is_all(model: Any) -> bool:
+    """Are the logits head(hidden) and nothing else? By the operators that run, where there are no numbers to compare."""
+    loss = SFTLoss(model, gathers=True)
+    if not loss.gathers:
+        return False
+    ids, found = torch.empty(1, 4, dtype=torch.int64, device="meta"), []
+    model.eval()
+    for act in (
+        lambda: model(input_ids=ids, use_cache=False),
+        lambda: loss.head(loss.body(input_ids=ids, use_cache=False)[0]),
+    ):
+        with Meter(model) as meter:
+            act()
+        found.append(len(meter.work))
+    return found[0] == found[1]
 
 
 def _alike(model: nn.Module) -> nn.ModuleList | None:

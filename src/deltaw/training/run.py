@@ -22,7 +22,7 @@ from deltaw.config import parse
 from deltaw.config.schema import Config
 from deltaw.core import route
 from deltaw.core.attach import attach, detach, extract, plan_of, trainable
-from deltaw.core.errors import Interrupted, UseError
+from deltaw.core.errors import Interrupted, TrainError, UseError
 from deltaw.core.files import write_text
 from deltaw.core.host import host_of
 from deltaw.core.method import Site
@@ -136,7 +136,7 @@ def _train(config: Config, run: RunDirectory, quiet: bool, resume: bool, shelf: 
     look = None if checkpoint is not None else outlook(config)  # targets that cannot be adapted stop here
     predicted, warned = ({}, []) if look is None else foreseen(config, look, data)
     if ask is not None and (warned or data.remarks) and not ask([*warned, *data.remarks]):
-        raise UseError("not started")
+        raise TrainError("not started: it was not wanted with these warnings")
     dtype, quantize = config.train.dtype, config.quantize
     wanted = (config.model, dtype, quantize)
     base: Base = shelf.get("base", wanted, lambda: load_base(config.model, dtype=dtype, quantize=quantize))
@@ -210,8 +210,6 @@ def _on(
         raise Interrupted(f"interrupted at step {reached} of {total}; continue with: deltaw train --resume {run.path}")
     base.model.eval()
     losses = ending.losses(run, trainer)
-    general.after(reached)
-    findings = ending.diagnosed(run, known, progress.say)
     outcome = {
         "losses": losses,
         "steps": reached,
@@ -222,6 +220,8 @@ def _on(
     }
     state = described(config, base, extract(base.model, NAME), outcome, parents)
     directory.write(state, run.adapter, beside=data.kept.files)
+    general.after(reached)
+    findings = ending.diagnosed(run, known, progress.say)
     run.log("end", **outcome)
     write_text(run.path / "report.html", html_report(run))
     return Run(run.path, run.adapter, plan, reached, outcome["seconds"], losses, findings)

@@ -22,7 +22,7 @@ PAGE = 4096
 
 
 def peak_memory() -> int:
-    """Most bytes in use so far: of the accelerator where there is one, else of this process."""
+    """Most bytes in use since a `Watch` was made, else so far: of the accelerator where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -42,10 +42,11 @@ class Watch:
         elif CLEAR.exists():
             for tensor in (*model.parameters(), *model.buffers()):
                 if tensor.device.type == "cpu":
-                    tensor.detach().view(-1)[:: max(1, PAGE // tensor.element_size())].float().sum()
+                    torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())[::PAGE].sum()  # type: ignore[call-overload]
             _trim()
-            CLEAR.write_text("5", encoding="utf-8")  # the highest size so far is forgotten
-            self._start = _status("VmRSS")
+            with contextlib.suppress(OSError):  # a container that may not ask: nothing is said
+                CLEAR.write_text("5", encoding="utf-8")  # the highest size so far is forgotten
+                self._start = _status("VmRSS")
 
     @property
     def rise(self) -> int | None:
@@ -71,22 +72,26 @@ HOLES = 0.77
 """Of the bytes of a step's tensors, what glibc keeps beside them in holes that the next tensor does not fit (docs/memory.md)."""
 
 
+GIVEN_BACK: list[bool] = []
+"""It holds for the rest of a process."""
+
+
 def give_back() -> bool:
     """Have glibc return what is freed: blocks of 1 MB and more get pages of their own. False where there is no such library.
 
     As it comes, it raises that limit to 32 MB by itself, and checkpointing then saves nothing: what a layer frees stays in
     holes. The pages of each large tensor are then made anew, which costs time; so it is not done where nobody asked for memory.
     """
-    if not _glibc():
-        return False
-    with contextlib.suppress(OSError, AttributeError):
-        return bool(ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20))  # M_MMAP_THRESHOLD
-    return False
+    if _glibc():
+        with contextlib.suppress(OSError, AttributeError):
+            GIVEN_BACK.append(bool(ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)))  # M_MMAP_THRESHOLD
+    return any(GIVEN_BACK)
 
 
 def holes(checkpointing: bool) -> float:
     """Share of a step's tensors that the C library will keep beside them."""
-    return 0.0 if checkpointing or THRESHOLD in os.environ or not _glibc() else HOLES
+    returned = checkpointing or any(GIVEN_BACK) or THRESHOLD in os.environ
+    return 0.0 if returned or not _glibc() else HOLES
 
 
 def _glibc() -> bool:

@@ -1,0 +1,99 @@
+"""What a piece of torch code takes: bytes of the storages that are alive, and the work of its operators; on the meta device too.
+
+    with Meter(model) as meter:     meter.alive, meter.peak: bytes of what was made since, not of the model's own tensors
+        …                           meter.work: [(floating-point operations, bytes read and written)] of its operators
+
+Attention has a kernel on every device but this one, where it would be written out: `attention` puts the kernels' shapes there.
+"""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+aten: Any = torch.ops.aten
+ALONE = threading.Lock()
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the storages that are alive, of those made while it is on, and not of the model's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.work: list[tuple[int, int]] = []
+        there = (t.untyped_storage() for t in (*model.parameters(), *model.buffers()))
+        self._known: dict[int, Any] = {storage._cdata: storage for storage in there}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].device.type == "meta":
+            # models ask whether all positions are in order: they are
+            return 1
+        out = func(*args, **given)
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        for tensor in made:
+            self._see(tensor)
+        if not func.is_view and made:
+            read = [t for t in tree_leaves((args, given)) if isinstance(t, Tensor)]
+            moved = sum(t.numel() * t.element_size() for t in (*read, *made))
+            count = flop_registry.get(func._overloadpacket)
+            self.work.append((int(count(*args, **given, out_val=out)) if count else 0, moved))
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+
+        def gone(_: Any) -> None:
+            self.alive -= size
+            self._known.pop(key, None)
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+
+@contextlib.contextmanager
+def attention(device: str) -> Iterator[None]:
+    """Outlines attend as `device` does; tensors with numbers in them, of other threads, as ever."""
+    own = F.scaled_dot_product_attention
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        if q.device.type != "meta":
+            return own(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        shared = enable_gqa and device == "cuda" and (attn_mask is not None or q.dtype == torch.float32)
+        if shared or device not in ("cpu", "cuda") or (device == "cpu" and dropout_p):  # no kernel has all that
+            return own(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, 0.0)
+        if device == "cpu":
+            kernel = aten._scaled_dot_product_flash_attention_for_cpu
+            return kernel(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]  # type: ignore[no-any-return]
+        if attn_mask is None and q.dtype != torch.float32:
+            return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
+        kernel = aten._scaled_dot_product_efficient_attention
+        return kernel(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
+
+    # a mode of torch would not hold in the backward pass, where checkpoints run
+    with ALONE:
+        own = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = attend
+        try:
+            yield
+        finally:
+            F.scaled_dot_product_attention = own
