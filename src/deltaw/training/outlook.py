@@ -21,8 +21,10 @@ from deltaw.training.prepare import Prepared
 from deltaw.training.rehearsal import Counted, dress, rehearse
 from deltaw.training.watch import holes
 
-OVERHEAD = {"cpu": 31_000_000, "cuda": 34_000_000, "mps": 34_000_000}
-"""Bytes that libraries take for themselves once a step has run: modules that are imported late, cuBLAS' workspace (docs/memory.md)."""
+OVERHEAD = {("cpu", "fp32"): 31_000_000, ("cpu", "bf16"): 14_000_000}
+CARD = 34_000_000
+"""Bytes that libraries take for themselves once a step has run: modules that are imported late, MKL's buffers for products in fp32,
+on a card cuBLAS' workspace (docs/memory.md)."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Outlook:
             gradients=gradients,
             activations=activations,
             work=peak - gradients - activations,
-            overhead=OVERHEAD[kind] + int(kept),
+            overhead=OVERHEAD.get((kind, dtype), CARD) + int(kept),
             evaluation=int(counted.evaluation),
         )
 
