@@ -123,8 +123,11 @@ def memory_page() -> str:
     found = results("anchors")
     if found is not None:
         rows = [
-            [one["source"], one["model"], one["name"], f"{one['published'] / 1e9:.2f}", f"{one['predicted'] / 1e9:.2f}",
-             f"{one['error']:+.1%}", one["missing"] or "–"]
+            [
+                one["source"], one["model"], one["name"], f"{one['published'] / 1e9:.2f}",
+                *(("–", "–") if one["predicted"] is None else (f"{one['predicted'] / 1e9:.2f}", f"{one['error']:+.1%}")),
+                one["missing"] or "–",
+            ]
             for one in found["rows"]
         ]  # fmt: skip
         page += (
