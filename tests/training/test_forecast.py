@@ -10,6 +10,7 @@ import torch
 import transformers as t
 
 import deltaw
+from benchmarks import anchors
 from benchmarks import memory as measuring
 from deltaw.cli.main import main
 from deltaw.config import parse
@@ -145,6 +146,16 @@ def test_the_cases_are_what_they_are_said_to_be() -> None:
     assert found.keys() == {case.name for case in measuring.CASES} and len(errors) >= 12
     assert sum(not case["calibrates"] for case in found.values()) * 2 >= len(found)
     assert max(sizes) >= 10 * min(sizes) and errors[len(errors) // 2] <= 0.05 and errors[-1] <= 0.1
+
+
+def test_published_peaks() -> None:
+    """Rows whose conditions are known are met within 15 %, and what is kept is what the command gives."""
+    kept = json.loads((Path(anchors.__file__).parent / "results" / "anchors.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["name"] for row in kept] == [anchor.name for anchor in anchors.ANCHORS]
+    known = [row for row in kept if not row["missing"]]
+    assert len(known) >= 14 and all(abs(row["error"]) <= 0.15 for row in known)
+    small = next(n for n, anchor in enumerate(anchors.ANCHORS) if anchor.model == "llama-3.2-1b")
+    assert anchors.peak(anchors.ANCHORS[small]) == pytest.approx(kept[small]["predicted"], rel=1e-3)
 
 
 def test_bytes_of_weights_and_states() -> None:
