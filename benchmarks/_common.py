@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from deltaw.training.watch import CLEAR, resident
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -24,17 +26,11 @@ def keep(name: str, result: dict[str, Any]) -> None:
     print(text)
 
 
-def resident(word: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{word}:")))
-
-
 @contextlib.contextmanager
 def highest() -> Iterator[list[int]]:
     """At the end it holds by how much the resident size of this process rose in the block at most, in bytes."""
     found: list[int] = []
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the highest size so far is forgotten
+    CLEAR.write_text("5", encoding="utf-8")  # the highest size so far is forgotten
     yield found
     found.append(resident("VmHWM") - before)

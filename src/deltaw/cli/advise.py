@@ -6,9 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from deltaw.cli.app import Json, app, show
-from deltaw.cli.base import record
-
-NO_ROWS = "(none)"
+from deltaw.cli.base import record, without_rows
 
 
 @app.command()
@@ -46,8 +44,7 @@ def advise(
             raise UseError("--claims answers rules by themselves: leave the configuration and other options out")
         _claims(as_json)
         return
-    given = _given(config or [], model)
-    named = not isinstance(given["data"], dict) or given["data"]["train"] != NO_ROWS
+    given, named = _given(config or [], model)
     if tokens is not None and rows is None:
         raise UseError("--tokens are those of the rows: give --rows too")
     if probe and not named:
@@ -75,8 +72,8 @@ def advise(
     show(result, as_json, text)
 
 
-def _given(config: list[str], model: str | None) -> dict[str, Any]:
-    """Plain data of a configuration in which the rows, and with --model the base, may be missing."""
+def _given(config: list[str], model: str | None) -> tuple[dict[str, Any], bool]:
+    """Plain data of a configuration in which the rows, and with --model the base, may be missing; whether rows are there."""
     from deltaw.core.errors import UseError
 
     if not config and model is None:
@@ -84,10 +81,7 @@ def _given(config: list[str], model: str | None) -> dict[str, Any]:
     found = dict((record(config) if config else None) or {})
     if model is not None:
         found["model"] = model
-    data = found.get("data")
-    if data is None or (isinstance(data, dict) and data.get("train") is None):
-        found["data"] = {**(data or {}), "train": NO_ROWS}
-    return found
+    return without_rows(found)
 
 
 def _text(advice: Any, warned: Any, counted: dict[str, Any]) -> str:

@@ -107,13 +107,9 @@ def parsed(given: list[str]) -> Any:
     return parse.parse(record(given))
 
 
-def without_data(given: list[str]) -> tuple[Any, bool]:
-    """The configuration of `plan`, and whether it names rows: what a base takes is known without them."""
-    from deltaw.config import parse
-
-    found = record(given) or {}
+def without_rows(found: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """A configuration in which the rows may be missing, with a name in their place; and whether they are there."""
     data = found.get("data")
-    there = bool(data.get("train") if isinstance(data, dict) else data)
-    if not there:
-        found = {**found, "data": {**(data or {}), "train": "rows"}}
-    return parse.parse(found), there
+    if data is not None and not (isinstance(data, dict) and data.get("train") is None):
+        return found, True
+    return {**found, "data": {**(data or {}), "train": "(none)"}}, False

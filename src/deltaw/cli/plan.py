@@ -7,7 +7,8 @@ import typer
 
 from deltaw.cli import rows as shown
 from deltaw.cli.app import Json, app, show
-from deltaw.cli.base import without_data
+from deltaw.cli.base import record as plain
+from deltaw.cli.base import without_rows
 
 
 @app.command()
@@ -31,7 +32,10 @@ def plan(
 ) -> None:
     """What would be trained, the memory and time it takes and whether it fits; rows, lengths and checks, as the model will see them."""
     shown.writable(html)
-    given, with_data = without_data(config)
+    from deltaw.config import parse
+
+    whole, with_data = without_rows(plain(config) or {})
+    given = parse.parse(whole)
     from deltaw.core.errors import UseError
     from deltaw.training.forecast import costs
     from deltaw.training.outlook import outlook

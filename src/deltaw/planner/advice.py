@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from deltaw.planner import sources as by
-from deltaw.planner.arithmetic import Layer, unmerged_share
+from deltaw.planner.arithmetic import Layer, optimizer_steps, unmerged_share
 from deltaw.planner.measured import (
     EACH_ROW,
     MERGED,
@@ -78,7 +78,7 @@ class Situation:
         """Optimizer steps in all."""
         if self.max_steps is not None or self.rows is None:
             return self.max_steps
-        return max(1, math.ceil(math.ceil(self.rows / self.batch) * self.epochs))
+        return optimizer_steps(self.rows, self.batch, self.epochs)
 
     @property
     def lowest(self) -> Layer | None:

@@ -7,6 +7,7 @@
 Bytes are decimal, GB = 1e9; a count of parameters is never one of bytes.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -59,6 +60,11 @@ def unmerged_share(layers: Iterable[Layer]) -> float:
 def training_share(layers: Iterable[Layer]) -> float:
     """Multiplications of a training step over those of training the weights: (2N² + 6NR)/(3N²) where square."""
     return 2 / 3 + unmerged_share(layers)
+
+
+def optimizer_steps(rows: int, batch: int, epochs: float) -> int:
+    """Steps of `batch` rows, the last of a pass with fewer."""
+    return max(1, math.ceil(math.ceil(rows / batch) * epochs))
 
 
 def weight_bytes(parameters: float, bits: float) -> float:

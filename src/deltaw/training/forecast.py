@@ -16,8 +16,8 @@ from deltaw.models.base import pick_device
 from deltaw.models.machine import cpu
 from deltaw.planner.devices import Device, measured, named, room, seconds
 from deltaw.planner.memory import Memory, said
-from deltaw.training.outlook import Batch, Outlook, longest, outlook, steps, widest
-from deltaw.training.prepare import Prepared
+from deltaw.training.outlook import Batch, Outlook, outlook, steps, widest
+from deltaw.training.prepare import Prepared, longest
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from deltaw.core import targets
 from deltaw.core.errors import UseError
 from deltaw.core.plan import TargetPlan
 from deltaw.data.store import lengths
-from deltaw.models.base import DEFAULT_LENGTH, DTYPES, limit_of, outline
+from deltaw.models.base import DTYPES, limit_of, outline
 from deltaw.models.quantize import method_of
+from deltaw.planner.arithmetic import optimizer_steps
 from deltaw.planner.memory import Memory, Weight, optimizer_bytes, weight_bytes
-from deltaw.training.prepare import Prepared
+from deltaw.training.prepare import Prepared, longest
 from deltaw.training.rehearsal import Counted, dress, rehearse
 from deltaw.training.watch import holes
 
@@ -114,11 +115,6 @@ def outlook(config: Config) -> Outlook | None:
     return Outlook(model, plan)
 
 
-def longest(config: Config, limit: int | None) -> int:
-    """Tokens of the longest row that a run takes. limit: what the base reads."""
-    return config.data.max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
-
-
 def widest(config: Config, data: Prepared | None, limit: int | None) -> Batch:
     """The widest batch of a run's rows; without any, of rows as long as it takes.
 
@@ -138,8 +134,7 @@ def widest(config: Config, data: Prepared | None, limit: int | None) -> Batch:
 def steps(config: Config, rows: int) -> tuple[int, int]:
     """Optimizer steps in all, and between evaluations."""
     t = config.train
-    batches = math.ceil(rows / t.batch_size)
-    total = t.max_steps or max(1, math.ceil(math.ceil(batches / t.gradient_accumulation) * t.epochs))
+    total = t.max_steps or optimizer_steps(rows, t.batch_size * t.gradient_accumulation, t.epochs)
     every = max(1, math.ceil(total / 5)) if t.eval_every == "auto" else t.eval_every
     return total, every
 

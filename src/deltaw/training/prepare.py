@@ -117,6 +117,11 @@ def read_by(config: Config) -> tuple[Any, ...]:
     return config.model, config.data, config.train.objective, kept
 
 
+def longest(config: Config, limit: int | None) -> int:
+    """Tokens of the longest row that a run takes. limit: what the base reads."""
+    return config.data.max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+
+
 def prepare(config: Config, given: Kept | None = None) -> Prepared:
     """Read, split, encode and check the rows. Raises DataError, ConfigError, FileError (the tokenizer).
 
@@ -128,13 +133,13 @@ def prepare(config: Config, given: Kept | None = None) -> Prepared:
     tokenizer, limit = load_tokenizer(config.model)
     if d.max_length is not None and limit is not None and d.max_length > limit:
         raise ConfigError(f"data.max_length={d.max_length} is more than {config.model!r} reads: at most {limit} tokens")
-    longest = d.max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+    most = longest(config, limit)
     general = general_rows(
-        () if d.general is None else _sources(d, d.general), tokenizer, longest
+        () if d.general is None else _sources(d, d.general), tokenizer, most
     )  # as the base reads them, before it gets a template or tokens
     tokens = given.give(tokenizer)
     tokens = tokens if tokens.ids else add_tokens(tokenizer, d.tokens)
-    policy = Policy(longest, d.train_on_prompt, d.turns, d.overflow)
+    policy = Policy(most, d.train_on_prompt, d.turns, d.overflow)
     if d.streaming:
         first, second = _streamed(config, tokenizer, policy)
     else:

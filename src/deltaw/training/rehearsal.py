@@ -116,7 +116,6 @@ def rehearse(
     """
     options: dict[str, Any] = {
         "device": device, "supervised": supervised, "checkpointing": checkpointing, "accumulated": accumulated,
-        "gathers": _head_is_all(model),
     }  # fmt: skip
     try:
         return _by_layers(model, rows, length, padded=padded, **options)
@@ -130,12 +129,14 @@ def _by_layers(model: nn.Module, rows: int, length: int, **options: Any) -> Coun
     """Where all layers are alike, a few of them stand for all."""
     layers = _alike(model)
     if layers is None:
-        return _rehearse(model, rows, length, **options)
-    found, there = [], dict(layers._modules)
+        return _rehearse(model, rows, length, gathers=_head_is_all(model), **options)
+    found, there, gathers = list[Counted](), dict(layers._modules), True
     try:
         for count in FEW:
             layers._modules = dict(list(there.items())[:count])
-            found.append(_rehearse(model, rows, length, evaluates=count == FEW[0], **options))
+            if not found:
+                gathers = _head_is_all(model)
+            found.append(_rehearse(model, rows, length, gathers=gathers, evaluates=not found, **options))
     finally:
         layers._modules = there
     near, far = found

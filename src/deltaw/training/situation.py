@@ -14,21 +14,21 @@ from deltaw.core.errors import TargetError, UseError
 from deltaw.core.host import WeightHost
 from deltaw.core.plan import Target, TargetPlan
 from deltaw.methods.lora import LoRA
-from deltaw.models.base import outline
 from deltaw.planner.advice import Situation
 from deltaw.planner.arithmetic import Layer
+from deltaw.training.outlook import outlook
 from deltaw.training.prepare import prepare
 
 
 def situation(config: Config, *, data: bool = True) -> Situation:
     """data: whether the configuration names rows; without them nothing is said of steps and capacity."""
     chosen, train = config.adapter, config.train
-    if chosen.start is not None:
+    look = outlook(config)
+    if look is None:
         raise UseError(
             "an adapter to go on from brings its rank, alpha and targets: leave adapter.from out to be advised"
         )
-    model = outline(config.model)
-    planned = targets.plan(model, chosen.method, chosen.targets, exclude=chosen.exclude, layers=chosen.layers)
+    model, planned = look.model, look.plan
     method, layers = chosen.method, tuple(_layer(t) for t in planned.targets if _matrix(t))
     resolved = [t.method for t in planned.targets if _matrix(t)] or [method]
     pairs = Counter((getattr(one, "rank", None), getattr(one, "alpha", None)) for one in resolved)

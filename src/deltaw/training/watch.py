@@ -46,17 +46,18 @@ class Watch:
             _trim()
             with contextlib.suppress(OSError):  # a container that may not ask: nothing is said
                 CLEAR.write_text("5", encoding="utf-8")  # the highest size so far is forgotten
-                self._start = _status("VmRSS")
+                self._start = resident("VmRSS")
 
     @property
     def rise(self) -> int | None:
         """Bytes, or None where nobody knows."""
         if self._start is None:
             return None
-        return (torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")) - self._start
+        return (torch.cuda.max_memory_allocated() if self.cuda else resident("VmHWM")) - self._start
 
 
-def _status(word: str) -> int:
+def resident(word: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
     lines = STATUS.read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{word}:")))
 
