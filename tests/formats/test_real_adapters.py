@@ -48,7 +48,6 @@ REAL = {
 
 
 @pytest.mark.shared
-@pytest.mark.slow
 @pytest.mark.parametrize("folder", REAL)
 def test_real_adapter_gives_pefts_logits(folder: str, shared: Path) -> None:
     from peft import PeftModel

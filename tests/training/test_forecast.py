@@ -20,6 +20,7 @@ from deltaw.core.method import get
 from deltaw.infer.loss import SFTLoss
 from deltaw.planner.devices import CARDS, Device, named, room, seconds
 from deltaw.planner.memory import Weight, optimizer_bytes, weight_bytes
+from deltaw.training import meter, rehearsal
 from deltaw.training.forecast import Looks, cheaper
 from deltaw.training.meter import Meter
 from deltaw.training.outlook import Batch, outlook
@@ -75,10 +76,10 @@ def test_models_of_another_make(said: str, config: t.PretrainedConfig) -> None:
     mask = torch.ones_like(ids)
     mask[0, -5:] = 0
     real.train()
-    with deltaw.fused(real), Meter(real) as meter:
+    with deltaw.fused(real), Meter(real) as metered:
         total, count = loss({"input_ids": ids, "attention_mask": mask, "labels": ids})
         (total / count).backward()
-    assert counted.peak == pytest.approx(meter.peak, rel=0.06)
+    assert counted.peak == pytest.approx(metered.peak, rel=0.06)
 
 
 @pytest.mark.parametrize(("method", "options", "how"), CASES)
@@ -105,11 +106,11 @@ def test_an_outline_takes_what_the_model_takes(method: str, options: dict[str, A
     if how.get("accumulated"):
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-    with deltaw.fused(real), Meter(real) as meter:
+    with deltaw.fused(real), Meter(real) as metered:
         total, count = loss({"input_ids": ids, "attention_mask": mask, "labels": labels})
         (total / count).backward()
     there = sum(p.numel() * p.element_size() for p in trained) if how.get("accumulated") else 0
-    assert counted.peak == pytest.approx(meter.peak + there, rel=0.02)
+    assert counted.peak == pytest.approx(metered.peak + there, rel=0.02)
     assert counted.gradients == sum(p.grad.numel() * 4 for p in trained if p.grad is not None)
 
 
@@ -128,8 +129,25 @@ def test_a_few_layers_stand_for_all() -> None:
     assert seconds(short.work, HERE, "fp32") == pytest.approx(seconds(long.work, HERE, "fp32"), rel=0.02)
 
 
+@pytest.mark.parametrize("how", [{}, {"checkpointing": True}, {"padded": False}], ids=str)
+def test_a_rehearsal_leaves_no_trace(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers stay alike, and what operators give is the same asked once or every time."""
+    with torch.device("meta"):
+        model = t.LlamaForCausalLM(llama(num_hidden_layers=9)).requires_grad_(False)
+    dress(model, targets.plan(model, deltaw.LoRA(rank=4), "all-linear"))
+    monkeypatch.setattr(rehearsal, "_head_is_all", lambda model: True)  # which would pass through all layers in turn
+    first = rehearse(model, 2, 64, **how)
+    assert len(model.model.layers) == 9 and rehearsal._alike(model) is not None
+    asked: list[Any] = []
+    monkeypatch.setattr(meter, "_result", lambda func, args, kwargs: asked.append(func) or func(*args, **kwargs))
+    assert rehearse(model, 2, 64, **how) == first and asked
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much a process has taken since a moment")
-@pytest.mark.parametrize("case", [case for case in measuring.CASES if case.quick], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=() if case.quick else pytest.mark.slow) for case in measuring.CASES],
+)
 def test_a_process_takes_what_is_predicted(case: measuring.Case, tmp_path: Path) -> None:
     """The resident size above the loaded base, within 10 %, of `deltaw train` in a process that gives back what it frees."""
     found = measuring.run(case, tmp_path, 2, measuring.GIVEN_BACK)

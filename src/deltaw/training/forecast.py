@@ -171,8 +171,6 @@ def cheaper(
 
     Each is kept only if it is needed beside the later ones.
     """
-    taken: list[tuple[Change, Callable[[Config], Config]]] = []
-    found: Forecast | None = None
 
     def tried(some: Sequence[tuple[Change, Callable[[Config], Config]]]) -> Forecast | None:
         try:
@@ -181,13 +179,16 @@ def cheaper(
             return None
         return there if there.fits else None
 
-    for one in _changes(config, look):
-        taken.append(one)
-        found = tried(taken)
-        if found is not None:
-            break
-    else:
+    taken = _changes(config, look)
+    found = tried(taken)
+    if found is None:
         return [], None
+    too_few, enough = 0, len(taken)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        there = tried(taken[:middle])
+        too_few, enough, found = (middle, enough, found) if there is None else (too_few, middle, there)
+    taken = taken[:enough]
     for one in taken[:-1]:  # the last one is needed, or it would have fitted before
         others = [other for other in taken if other is not one]
         less = tried(others)

@@ -114,15 +114,14 @@ def rehearse(
     device: cpu or cuda, for the attention kernel; padded: are rows of unlike length, so that a mask is needed;
     supervised: share of the positions that are learnt; accumulated: are gradients of an earlier batch there?
     """
-    options: dict[str, Any] = {
-        "device": device, "supervised": supervised, "checkpointing": checkpointing, "accumulated": accumulated,
-    }  # fmt: skip
-    try:
-        return _by_layers(model, rows, length, padded=padded, **options)
-    except Exception:  # a model that wants its mask in another form; without one it takes little less
-        if not padded:
-            raise
-        return _by_layers(model, rows, length, padded=False, **options)
+    options: dict[str, Any] = {"device": device, "supervised": supervised, "accumulated": accumulated}
+    with _checkpointing(model, checkpointing):  # of all layers at once, or they would not be alike
+        try:
+            return _by_layers(model, rows, length, padded=padded, **options)
+        except Exception:  # a model that wants its mask in another form; without one it takes little less
+            if not padded:
+                raise
+            return _by_layers(model, rows, length, padded=False, **options)
 
 
 def _by_layers(model: nn.Module, rows: int, length: int, **options: Any) -> Counted:
@@ -145,8 +144,8 @@ def _by_layers(model: nn.Module, rows: int, length: int, **options: Any) -> Coun
 
 
 def _rehearse(
-    model: Any, rows: int, length: int, *, device: str, padded: bool, supervised: float, checkpointing: bool,
-    accumulated: bool, gathers: bool, evaluates: bool = True,
+    model: Any, rows: int, length: int, *, device: str, padded: bool, supervised: float, accumulated: bool,
+    gathers: bool, evaluates: bool = True,
 ) -> Counted:  # fmt: skip
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in parameters)
@@ -177,7 +176,7 @@ def _rehearse(
         return F.cross_entropy(chosen.float(), indices(), reduction="sum")
 
     try:
-        with fused(model), _checkpointing(model, checkpointing), attention(device), meter:
+        with fused(model), attention(device), meter:
             model.train()
             chosen = forward()
             passed()
@@ -230,12 +229,12 @@ def _alike(model: nn.Module) -> nn.ModuleList | None:
 
 
 def _signature(layer: nn.Module) -> Any:
-    """Classes, shapes and plain attributes of a layer and all below it, but for its number."""
+    """Classes, shapes and plain attributes of a layer and all below it, but for its number and what a pass sets."""
     plain = (bool, int, float, str, type(None))
     return tuple(
         (
             path, type(module), tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in module._parameters.items() if p is not None),
-            tuple((n, v) for n, v in vars(module).items() if isinstance(v, plain) and n != "layer_idx"),
+            tuple((n, v) for n, v in vars(module).items() if isinstance(v, plain) and n not in ("layer_idx", "training")),
         )
         for path, module in layer.named_modules()
     )  # fmt: skip
