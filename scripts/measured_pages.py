@@ -14,6 +14,11 @@ are equal and gradients are not zero, which the commands assert. Ratios are of o
 4x256 is 4 rows of 256 tokens. A ratio below 1 means less than the side it is divided by.
 """
 COSTS = {"step": "step --memory", "step_dropout": "step --dropout 0.05 --sides bound,ours,peft,peft_cast"}
+CARD = "step --device cuda --hidden 4096 --layers 4 --dtypes bf16 --shapes 2x2048"
+ON_A_CARD = {
+    "step_cuda": f"{CARD} --memory",
+    "step_dropout_cuda": f"{CARD} --dropout 0.05 --sides bound,ours,peft,peft_cast",
+}
 """Result of a training step → the command that makes it."""
 NAMES = {
     "bound": "the frozen base, gradients for activations alone", "ours": "deltaw", "plain": "deltaw, MLPs not fused", "peft": "PEFT",
@@ -22,34 +27,40 @@ NAMES = {
 
 
 def costs_page() -> str:
-    page = COSTS_HEAD
-    for name, command in COSTS.items():
-        found = results(name)
-        if found is None:
-            continue
-        drop = f", dropout {found['dropout']:g}" if found["dropout"] else ""
-        page += (
-            f"\n## A training step{drop}\n\n`python -m benchmarks {command}`: Llama of 75 M, r 16 on all linear layers, "
-            f"{found['threads']} threads, medians of {found['rounds']} rounds. Time and bytes kept for the backward pass beside PEFT's "
-            "and the frozen base's; peak of memory above the loaded model.\n\n"
-        )
-        cells = {key: value for key, value in found.items() if isinstance(value, dict)}
-        head = [
-            "",
-            "side",
-            "seconds",
-            "time ÷ frozen base",
-            "time ÷ PEFT's LoRA",
-            "bytes per token and layer",
-            "bytes ÷ base",
-            "bytes ÷ PEFT",
-            "peak MB",
-        ]
-        page += grid(head, [row for key, cell in cells.items() for row in step_rows(key, cell)])
+    page = COSTS_HEAD + "".join(training_step(name, command) for name, command in COSTS.items())
     page += losses(results("loss"))
     found = results("lifecycle")
     page = page if found is None else page + lifecycle(found)
+    page += "".join(training_step(name, command) for name, command in ON_A_CARD.items())
     return page + on_a_card(results("thin"), results("lifecycle_cuda"))
+
+
+def training_step(name: str, command: str) -> str:
+    """A table of what a step takes; nothing where it was not measured."""
+    found = results(name)
+    if found is None:
+        return ""
+    what = f", dropout {found['dropout']:g}" if found["dropout"] else ""
+    what += f", on a card ({found['device']})" if "device" in found else ""
+    model = "Llama" if "device" in found else "Llama of 75 M"
+    text = (
+        f"\n## A training step{what}\n\n`python -m benchmarks {command}`: {model}, r 16 on all linear layers, "
+        f"{found['threads']} threads, medians of {found['rounds']} rounds. Time and bytes kept for the backward pass beside PEFT's "
+        "and the frozen base's; peak of memory above the loaded model.\n\n"
+    )
+    cells = {key: value for key, value in found.items() if isinstance(value, dict)}
+    head = [
+        "",
+        "side",
+        "seconds",
+        "time ÷ frozen base",
+        "time ÷ PEFT's LoRA",
+        "bytes per token and layer",
+        "bytes ÷ base",
+    ]
+    return text + grid(
+        [*head, "bytes ÷ PEFT", "peak MB"], [row for key, cell in cells.items() for row in step_rows(key, cell)]
+    )
 
 
 def on_a_card(thin: dict[str, Any] | None, decode: dict[str, Any] | None) -> str:
