@@ -110,9 +110,27 @@ def factors(width: int, rank: int) -> list[int]:
     return [p.numel() for p in adapter.parameters()]
 
 
+NF4_DOUBLE_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+"""Bits of a weight in NF4 with double quantisation: an 8-bit scale for 64 weights, an fp32 one for 256 of those."""
+
+
+def weight_bytes(parameters: float, bits: float) -> float:
+    return parameters * bits / 8
+
+
+def logits_bytes(tokens: int, vocabulary: int, bits: int = 32) -> int:
+    """Of the logits of so many tokens, held at once."""
+    return tokens * vocabulary * bits // 8
+
+
+def times_fewer(whole: float, part: float) -> float:
+    return whole / part
+
+
 def held() -> float:
     """Billions of numbers held in training LoRA with 175 frozen, 0.035 trained, whose own values are left out."""
-    return a.held_numbers(175, 0.035, each=3)
+    gradient_and_moments = 3
+    return 175 + gradient_and_moments * 0.035
 
 
 Row = tuple[str, Callable[[], Any], Any]
@@ -121,26 +139,26 @@ TABLE: list[Row] = [
     ("T2 12288²", lambda: one(12288, 8).base_parameters, 150_994_944),
     ("T2 A and B at r 8", lambda: factors(12288, 8), [98_304, 98_304]),
     ("T2 r 8", lambda: one(12288, 8).trainable, 196_608),
-    ("T2 times fewer at r 8", lambda: a.times_fewer(150_994_944, one(12288, 8).trainable), 768),
+    ("T2 times fewer at r 8", lambda: times_fewer(150_994_944, one(12288, 8).trainable), 768),
     ("T2 per cent at r 8", lambda: round(a.share(one(12288, 8).trainable, 150_994_944), 7), 0.1302083),
     ("T2 r 4", lambda: one(12288, 4).trainable, 98_304),
-    ("T2 times fewer at r 4", lambda: a.times_fewer(150_994_944, one(12288, 4).trainable), 1536),
+    ("T2 times fewer at r 4", lambda: times_fewer(150_994_944, one(12288, 4).trainable), 1536),
     # T3, T4, T5: 1024²
     ("T3 r 4", lambda: one(1024, 4).trainable, 8_192),
-    ("T3 times fewer", lambda: a.times_fewer(one(1024, 4).base_parameters, one(1024, 4).trainable), 128),
+    ("T3 times fewer", lambda: times_fewer(one(1024, 4).base_parameters, one(1024, 4).trainable), 128),
     ("T3 per cent", lambda: a.share(one(1024, 4).trainable, one(1024, 4).base_parameters), 0.78125),
     ("T3 with the bias in the base", lambda: one(1024, 4, bias=True).base_parameters, 1_049_600),
-    ("T3 times fewer, bias frozen", lambda: a.times_fewer(1_049_600, one(1024, 4, bias=True).trainable), 128.125),
+    ("T3 times fewer, bias frozen", lambda: times_fewer(1_049_600, one(1024, 4, bias=True).trainable), 128.125),
     ("T3 bias trained", lambda: one(1024, 4, True, True).trainable, 9_216),
     (
         "T3 times fewer, bias trained",
-        lambda: round(a.times_fewer(1_049_600, one(1024, 4, True, True).trainable), 4),
+        lambda: round(times_fewer(1_049_600, one(1024, 4, True, True).trainable), 4),
         113.8889,
     ),
     ("T3 per cent, bias trained", lambda: round(a.share(one(1024, 4, True, True).trainable, 1_049_600), 7), 0.8780488),
     ("T4 A and B at r 16", lambda: factors(1024, 16), [16_384, 16_384]),
     ("T4 r 16", lambda: one(1024, 16).trainable, 32_768),
-    ("T4 times fewer", lambda: a.times_fewer(1024**2, one(1024, 16).trainable), 32),
+    ("T4 times fewer", lambda: times_fewer(1024**2, one(1024, 16).trainable), 32),
     ("T4 per cent", lambda: a.share(one(1024, 16).trainable, 1024**2), 3.125),
     ("T5 r 8", lambda: one(1024, 8).trainable, 16_384),
     ("T5 with W trained by mistake", lambda: one(1024, 8).trainable + one(1024, 8).base_parameters, 1_064_960),
@@ -154,37 +172,37 @@ TABLE: list[Row] = [
     ("T16 r 1", lambda: trained("gpt3", 1, Q_V), 4_718_592),
     ("T16 r 4", lambda: trained("gpt3", 4, Q_V), 18_874_368),
     ("T16 r 4, per cent", lambda: round(a.share(trained("gpt3", 4, Q_V), GPT3), 7), 0.0107696),
-    ("T16 r 4, fp16", lambda: a.weight_bytes(trained("gpt3", 4, Q_V), 16), 37_748_736),
-    ("T16 r 4, fp16 in MiB", lambda: a.weight_bytes(trained("gpt3", 4, Q_V), 16) / 2**20, 36),
+    ("T16 r 4, fp16", lambda: weight_bytes(trained("gpt3", 4, Q_V), 16), 37_748_736),
+    ("T16 r 4, fp16 in MiB", lambda: weight_bytes(trained("gpt3", 4, Q_V), 16) / 2**20, 36),
     ("T16 r 8", lambda: trained("gpt3", 8, Q_V), 37_748_736),
     ("T16 r 8, per cent", lambda: round(a.share(trained("gpt3", 8, Q_V), GPT3), 7), 0.0215392),
     ("T16 r 64", lambda: trained("gpt3", 64, Q_V), 301_989_888),
     ("T16 r 64, per cent", lambda: round(a.share(trained("gpt3", 64, Q_V), GPT3), 7), 0.1723138),
-    ("T16 r 64, fp16", lambda: a.weight_bytes(trained("gpt3", 64, Q_V), 16), 603_979_776),
+    ("T16 r 64, fp16", lambda: weight_bytes(trained("gpt3", 64, Q_V), 16), 603_979_776),
     # T17: bytes of 175,255.8 M parameters, in GB
-    ("T17 fp32", lambda: a.weight_bytes(GPT3, 32) / 1e9, 701.0232),
-    ("T17 16 bit", lambda: a.weight_bytes(GPT3, 16) / 1e9, 350.5116),
-    ("T17 at 4.127 bit", lambda: round(a.weight_bytes(GPT3, 4.127) / 1e9, 4), 90.4101),
-    ("T17 NF4 twice quantised, unrounded", lambda: round(a.weight_bytes(GPT3, a.NF4_DOUBLE_BITS) / 1e9, 4), 90.4091),
-    ("T17 bits of that", lambda: round(a.NF4_DOUBLE_BITS, 3), 4.127),
-    ("T17 4 bit", lambda: a.weight_bytes(GPT3, 4) / 1e9, 87.6279),
-    ("T17 4 bit in GiB", lambda: round(a.weight_bytes(GPT3, 4) / 2**30, 2), 81.61),
+    ("T17 fp32", lambda: weight_bytes(GPT3, 32) / 1e9, 701.0232),
+    ("T17 16 bit", lambda: weight_bytes(GPT3, 16) / 1e9, 350.5116),
+    ("T17 at 4.127 bit", lambda: round(weight_bytes(GPT3, 4.127) / 1e9, 4), 90.4101),
+    ("T17 NF4 twice quantised, unrounded", lambda: round(weight_bytes(GPT3, NF4_DOUBLE_BITS) / 1e9, 4), 90.4091),
+    ("T17 bits of that", lambda: round(NF4_DOUBLE_BITS, 3), 4.127),
+    ("T17 4 bit", lambda: weight_bytes(GPT3, 4) / 1e9, 87.6279),
+    ("T17 4 bit in GiB", lambda: round(weight_bytes(GPT3, 4) / 2**30, 2), 81.61),
     ("T17 16 B a parameter", lambda: round(a.training_bytes(GPT3) / 1e9, 2), 2_804.09),
     # T18: shares of memory and of time
-    ("T18 numbers of full fine-tuning", lambda: a.held_numbers(0, 175), 700),
+    ("T18 numbers of full fine-tuning", lambda: 4 * 175, 700),
     ("T18 numbers of LoRA", lambda: round(held(), 9), 175.105),
-    ("T18 of all", lambda: round(a.share(held(), a.held_numbers(0, 175)), 3), 25.015),
+    ("T18 of all", lambda: round(a.share(held(), 4 * 175), 3), 25.015),
     ("T18 the paper's bytes", lambda: round(a.share(350, 1200), 2), 29.17),
     ("T18 hours of cards", lambda: round(a.share(24, 8 * 72), 2), 4.17),
     ("T18 claimed bytes", lambda: round(a.share(80, 700), 2), 11.43),
-    ("T18 eight cards, GB", lambda: 8 * a.weight_bytes(20e9, 32) / 1e9, 640),
+    ("T18 eight cards, GB", lambda: 8 * weight_bytes(20e9, 32) / 1e9, 640),
     # T19: Qwen3-0.6B
     ("T19 all", lambda: whole("qwen"), 596_049_920),
     ("T19 linear layers", lambda: weights("qwen", SEVEN), 440_401_920),
     ("T19 embedding", lambda: owned("qwen", "Embedding"), 155_582_464),
     ("T19 norms", lambda: owned("qwen", "RMSNorm"), 65_536),
-    ("T19 fp32", lambda: a.weight_bytes(whole("qwen"), 32), 2_384_199_680),
-    ("T19 bf16", lambda: a.weight_bytes(whole("qwen"), 16), 1_192_099_840),
+    ("T19 fp32", lambda: weight_bytes(whole("qwen"), 32), 2_384_199_680),
+    ("T19 bf16", lambda: weight_bytes(whole("qwen"), 16), 1_192_099_840),
     ("T19 16 B", lambda: a.training_bytes(whole("qwen"), "fp32"), 9_536_798_720),
     ("T19 12 B", lambda: a.training_bytes(whole("qwen"), "mixed"), 7_152_599_040),
     ("T19 8 B", lambda: a.training_bytes(whole("qwen"), "bf16"), 4_768_399_360),
@@ -198,24 +216,24 @@ TABLE: list[Row] = [
         )
     ),
     ("T20 r 32, per cent", lambda: round(percent("qwen", 32), 3), 3.386),
-    ("T20 r 32, gradients", lambda: a.weight_bytes(trained("qwen", 32), 32), 80_740_352),
+    ("T20 r 32, gradients", lambda: weight_bytes(trained("qwen", 32), 32), 80_740_352),
     ("T20 r 32, 16 B", lambda: a.training_bytes(trained("qwen", 32)), 322_961_408),
     ("T20 r 512, per cent", lambda: round(percent("qwen", 512), 2), 54.18),
     ("T20 without gate_proj", lambda: trained("qwen", 32, NO_GATE), 16_515_072),
-    ("T20 without gate_proj, gradients", lambda: a.weight_bytes(trained("qwen", 32, NO_GATE), 32), 66_060_288),
+    ("T20 without gate_proj, gradients", lambda: weight_bytes(trained("qwen", 32, NO_GATE), 32), 66_060_288),
     ("T20 without gate_proj, 16 B", lambda: a.training_bytes(trained("qwen", 32, NO_GATE)), 264_241_152),
     ("T20 q, v at r 32", lambda: trained("qwen", 32, Q_V), 4_587_520),
     # T21: logits
-    ("T21 Qwen3", lambda: a.logits_bytes(2048, 151_936), 1_244_659_712),
-    ("T21 Gemma", lambda: a.logits_bytes(1088, 256_000), 1_114_112_000),
+    ("T21 Qwen3", lambda: logits_bytes(2048, 151_936), 1_244_659_712),
+    ("T21 Gemma", lambda: logits_bytes(1088, 256_000), 1_114_112_000),
     # T22: Llama-7B
     ("T22 all", lambda: whole("llama"), 6_738_415_616),
     ("T22 q, v at r 8", lambda: trained("llama", 8, Q_V), 4_194_304),
-    ("T22 q, v at r 8, fp16", lambda: a.weight_bytes(trained("llama", 8, Q_V), 16), 8_388_608),
+    ("T22 q, v at r 8, fp16", lambda: weight_bytes(trained("llama", 8, Q_V), 16), 8_388_608),
     ("T22 q, v at r 8, per cent", lambda: round(percent("llama", 8, Q_V), 4), 0.0622),
     ("T22 r 8", lambda: trained("llama", 8), 19_988_480),
     ("T22 r 16", lambda: trained("llama", 16), 39_976_960),
-    ("T22 r 16, fp16", lambda: a.weight_bytes(trained("llama", 16), 16), 79_953_920),
+    ("T22 r 16, fp16", lambda: weight_bytes(trained("llama", 16), 16), 79_953_920),
     ("T22 r 16, per cent", lambda: round(percent("llama", 16), 4), 0.5933),
     ("T22 r 64", lambda: trained("llama", 64), 159_907_840),
     # T23: Gemma-2B, and what leaks into CLIP-L

@@ -11,8 +11,6 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-NF4_DOUBLE_BITS = 4 + 8 / 64 + 32 / (64 * 256)
-"""Bits of a weight in NF4 with double quantisation: an 8-bit scale for 64 weights, an fp32 one for 256 of those."""
 TRAINED_BYTES = {"fp32": 16, "mixed": 12, "bf16": 8}
 """Bytes of a trained number: weight, gradient and two moments of Adam, all fp32; weight and gradient bf16; all bf16."""
 
@@ -67,30 +65,11 @@ def optimizer_steps(rows: int, batch: int, epochs: float) -> int:
     return max(1, math.ceil(math.ceil(rows / batch) * epochs))
 
 
-def weight_bytes(parameters: float, bits: float) -> float:
-    """Bytes of weights of so many bits."""
-    return parameters * bits / 8
-
-
 def training_bytes(parameters: int, kind: str = "fp32") -> int:
     """Bytes of what is trained, with its gradient and Adam's moments; activations and the frozen base are apart."""
     return parameters * TRAINED_BYTES[kind]
 
 
-def held_numbers(frozen: float, trained: float, each: int = 4) -> float:
-    """Numbers in memory while training: the frozen stay, of a trained one there are `each` (itself, gradient, moments)."""
-    return frozen + each * trained
-
-
-def logits_bytes(tokens: int, vocabulary: int, bits: int = 32) -> int:
-    """Bytes of the logits of so many tokens, held at once."""
-    return tokens * vocabulary * bits // 8
-
-
 def share(part: float, whole: float) -> float:
     """In per cent: what remains, or is trained; not by how much it is less."""
     return 100 * part / whole
-
-
-def times_fewer(whole: float, part: float) -> float:
-    return whole / part
