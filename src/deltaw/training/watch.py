@@ -82,11 +82,12 @@ def give_back() -> bool:
 
     As it comes, it raises that limit to 32 MB by itself, and checkpointing then saves nothing: what a layer frees stays in
     holes. The pages of each large tensor are then made anew, which costs time; so it is not done where nobody asked for memory.
+    A limit that the environment sets stays.
     """
-    if _glibc():
+    if _glibc() and THRESHOLD not in os.environ:
         with contextlib.suppress(OSError, AttributeError):
             GIVEN_BACK.append(bool(ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)))  # M_MMAP_THRESHOLD
-    return any(GIVEN_BACK)
+    return any(GIVEN_BACK) or THRESHOLD in os.environ
 
 
 def holes(checkpointing: bool) -> float:
