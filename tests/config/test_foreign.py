@@ -339,3 +339,19 @@ def test_what_comes_out_reads_rows_and_the_text_reads_back(shared: Path) -> None
     assert yaml.safe_load(text) == config and text.startswith("# Converted from LLaMA-Factory.")
     data = prepare(parse.parse(config))
     assert 40 < len(data.encoded) + len(data.held_out) <= 80 and data.held_out
+
+
+def test_pretraining_of_llamafactory_reads_its_texts(tmp_path: Path) -> None:
+    """Its entries for `stage: pt` have a prompt and no answer: raw text."""
+    (tmp_path / "dataset_info.json").write_text('{"c4": {"file_name": "c4.jsonl", "columns": {"prompt": "words"}}}')
+    (tmp_path / "c4.jsonl").write_text("".join(f'{{"words": "Once there were {n} foxes."}}\n' for n in range(9)))
+    given = {
+        "stage": "pt",
+        "model_name_or_path": "tiny",
+        "dataset": "c4",
+        "dataset_dir": str(tmp_path),
+        "cutoff_len": 64,
+    }
+    config, left = foreign.converted(given)
+    data = prepare(parse.parse(config))
+    assert left == [] and config["train"]["objective"] == "text" and len(data.encoded) == 9 and not data.held_out

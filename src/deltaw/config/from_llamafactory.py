@@ -130,7 +130,7 @@ def converted(record: Mapping[str, Any], adapter: Mapping[str, Any] | None = Non
     config = {
         "model": given.take("model_name_or_path"),
         "quantize": _quantize(given),
-        "data": _data(given),
+        "data": _data(given, cuts=stage == "sft"),
         "adapter": _adapter(given) if adapter is None else dict(adapter),
         "train": {**({"objective": "text"} if stage == "pt" else {}), **_train(given)},
         "output": given.take("output_dir"),
@@ -161,7 +161,8 @@ def _quantize(given: Given) -> str | None:
     return None
 
 
-def _data(given: Given) -> dict[str, Any]:
+def _data(given: Given, cuts: bool) -> dict[str, Any]:
+    """cuts: rows are conversations, whose ends it cuts away; texts go in pieces, there and here."""
     folder, rows = given.take("dataset_dir", "data"), given.take("max_samples")
     train = _sources(given.take("dataset"), folder, rows)
     held_out: Any = _sources(given.take("eval_dataset"), folder, rows)
@@ -171,7 +172,7 @@ def _data(given: Given) -> dict[str, Any]:
             held_out = size
         else:
             given.left_out("val_size", size, "held-out rows are a share of the rows: set data.eval")
-    if "cutoff_len" in given:
+    if cuts and "cutoff_len" in given:
         why = (
             "it is data.max_length, but longer rows are dropped, where LLaMA-Factory cuts the ends of prompt and answer; "
             "data.overflow: cut keeps them without their beginning"

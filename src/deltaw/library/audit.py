@@ -90,7 +90,11 @@ def _adapter(library: Library, digest: str, faults: list[str]) -> Record | None:
     """The record of one adapter whose files are what its digest says; else None, and what is wrong."""
     blob, short = library.blob(digest), names.short(digest)
     files = {RECORD, ADAPTER, *(f"{ADAPTER}/{name}" for name in (*content.TEXTS, WEIGHTS))}
-    faults += [_stranger(path) for path in sorted(blob.rglob("*")) if str(path.relative_to(blob)) not in files]
+    faults += [
+        _stranger(path)
+        for path in sorted(blob.rglob("*"))
+        if path.is_symlink() or str(path.relative_to(blob)) not in files
+    ]
     try:
         stored = open_directory(blob / ADAPTER)
         found = content.digest(content.texts(blob / ADAPTER), stored.digest)

@@ -82,7 +82,7 @@ def strangers(path: Path) -> list[Path]:
 
 
 def _is_blob(path: Path) -> bool:
-    return path.is_dir() and DIGEST.fullmatch(f"sha256:{path.name}") is not None
+    return path.is_dir() and not path.is_symlink() and DIGEST.fullmatch(f"sha256:{path.name}") is not None
 
 
 def _is_name(path: Path) -> bool:

@@ -262,7 +262,7 @@ class Library:
 
 def _remarks(record: Record, source: Path) -> list[str]:
     """What whoever adds an adapter should know of it."""
-    kept = {*content.TEXTS, WEIGHTS, PICKLED}
+    kept = {*content.TEXTS, WEIGHTS if (source / WEIGHTS).is_file() else PICKLED}
     left = sorted(path.name for path in source.iterdir() if path.name not in kept)
     found = [f"not copied, not the adapter's own: {', '.join(left)}"] if left else []
     if record.layer is None:
