@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from deltaw.cli import (  # noqa: F401  the verbs
+    adapters,
     advise,
     chat,
     doctor,

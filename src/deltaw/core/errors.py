@@ -4,9 +4,11 @@ DeltawError (ValueError)      one sentence: what was given, what was expected, t
 ├── UseError                  the request itself is wrong; nothing was touched                 code 2
 │   ├── ConfigError           a key or value of a configuration or of a Method
 │   ├── TargetError           targets that match nothing, or modules that cannot carry the method
-│   └── DataError             rows that cannot be read or have nothing to learn from
+│   ├── DataError             rows that cannot be read or have nothing to learn from
+│   └── NotFoundError         a name that is not there
 ├── FileError                 adapter or model files that are missing, corrupt or do not fit
 ├── BaseMismatchError         an adapter put on a base it was not trained on
+├── ConflictError             what was to be changed was changed by another in the meantime
 ├── MergeError                a merge that cannot be done exactly, or that would change nothing
 └── TrainError                a run that cannot go on
 """
@@ -38,11 +40,19 @@ class DataError(UseError):
     pass
 
 
+class NotFoundError(UseError):
+    pass
+
+
 class FileError(DeltawError):
     pass
 
 
 class BaseMismatchError(DeltawError):
+    pass
+
+
+class ConflictError(DeltawError):
     pass
 
 

@@ -34,12 +34,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield draft
         for file in sorted(draft.rglob("*")):
             if file.is_file():
-                _sync(file)
+                sync(file)
         if target.exists():  # moved aside first: at no moment is there neither the old folder nor the new one
             shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
         os.replace(draft, target)
-        _sync(target.parent)
+        sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -67,11 +67,12 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole: temporary name, sync, rename."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     draft.write_text(text, encoding="utf-8")
-    _sync(draft)
+    sync(draft)
     os.replace(draft, path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

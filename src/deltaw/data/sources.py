@@ -149,6 +149,8 @@ def _described(file: Path, entry: str, source: Source) -> Source:
         raise DataError(f"{file}, {entry} names neither a file_name nor an hf_hub_url")
     sharegpt = record.get("formatting", "alpaca") == "sharegpt"
     mapping = {COLUMNS[key]: value for key, value in columns.items() if value}
+    if mapping.keys() == {"instruction"}:  # a prompt and no answer: what its `stage: pt` reads, raw text
+        mapping = {"text": mapping["instruction"]}
     if sharegpt:
         mapping.setdefault("messages", "conversations")
     given = {TAGS[key]: value for key, value in tags.items()}
