@@ -12,9 +12,10 @@ from deltaw.core.files import read_json, write_text
 from deltaw.models.base import resolve
 from deltaw.ship.disk import AGAIN, Checkpoint, rewritten
 
-CONFIG = "config.json"
+CONFIG, REPORT = "config.json", "merge.json"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
 """Endings of files that hold weights, of the base and not of what is written."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEFT = {".md", ".gitattributes", ".gitignore", ".metadata"}
 """The base's own card, and what belongs to the place it lay in."""
 
@@ -27,7 +28,9 @@ def folder_of(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(found, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(found, allow_patterns=["model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise FileError(f"the base {model!r} cannot be fetched: {reason}") from None
@@ -38,7 +41,7 @@ def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
     for file in sorted(source.iterdir()):
         ending = file.suffix or file.name
         index = file.name.endswith(".index.json")
-        if not file.is_file() or ending in WEIGHTS | LEFT or index or file.name == "merge.json":
+        if not file.is_file() or ending in WEIGHTS | LEFT or index or file.name == REPORT:
             continue
         shutil.copyfile(file, folder / file.name)
     if dtype is not None:
@@ -69,9 +72,6 @@ def room(target: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Non
             f"the merged model takes {needed / 1e9:.2f} GB and {above} has {free / 1e9:.2f} GB left: nothing was written, "
             "give a disk with more room"
         )
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def asked(dtype: str) -> torch.dtype | None:

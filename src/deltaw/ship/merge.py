@@ -32,14 +32,13 @@ from deltaw.models.adapters import LoadReport
 from deltaw.models.base import load_tokenizer, named_quantization, read_config
 from deltaw.models.quantize import method_of
 from deltaw.ship import disk
-from deltaw.ship.beside import DTYPES, asked, copy_beside, folder_of, room
+from deltaw.ship.beside import DTYPES, REPORT, asked, copy_beside, folder_of, room
 from deltaw.ship.check import Reference
 from deltaw.ship.live import Job, corrects, live, loaded, merge_live
 from deltaw.ship.private import Private
 from deltaw.ship.roundtrip import RoundTrip
 from deltaw.ship.shards import Plan, plan, subject
 
-REPORT = "merge.json"
 Told = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
@@ -244,6 +243,8 @@ def _checked(
     said = list(dict.fromkeys(remark for report in reports for remark in report.remarks))
     if held is None:
         said.append("its logits were not compared with the adapters' (check left out)")
+    elif held.effect == 0:
+        said.append("the compared rows do not reach what the adapters change: the logits prove nothing here")
     if facts.get("vanished"):
         said.append(f"no change is left after rounding of {', '.join(facts['vanished'][:6])}, …"[:400])
     done = Shipped(
