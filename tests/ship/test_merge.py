@@ -11,8 +11,9 @@ from deltaw.core.errors import BaseMismatchError, FileError, MergeError, UseErro
 from deltaw.data.kept import Kept, Tokens
 from deltaw.methods.token_rows import TokenRowsAdapter
 from deltaw.models.base import TINY
-from deltaw.ship import merge as shipping
-from deltaw.ship.merge import logits, merge_to_folder, probe
+from deltaw.ship import check as checking
+from deltaw.ship.check import logits, probe
+from deltaw.ship.merge import merge_to_folder
 from deltaw.training.rows import attach_rows
 
 
@@ -61,7 +62,7 @@ def test_a_folder_that_is_not_empty(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_a_failed_check_leaves_nothing(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipping, "TOLERANCE", {torch.float32: 1e-12})
+    monkeypatch.setattr(checking, "TOLERANCE", {torch.float32: 1e-12})
     with pytest.raises(MergeError, match="differs from the adapter by"):
         merge_to_folder("tiny", adapter, tmp_path / "merged", dtype="fp32")
     assert list(tmp_path.iterdir()) == []
@@ -80,7 +81,7 @@ def test_another_base_and_a_cut_file_are_refused(adapter: Path, tmp_path: Path) 
     assert allowed.effect > 0
     weights = tmp_path / "other" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(FileError, match="cannot be loaded"):
+    with pytest.raises(FileError, match="corrupt or cut short"):
         merge_to_folder(str(tmp_path / "other"), adapter, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 

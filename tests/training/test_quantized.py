@@ -19,7 +19,8 @@ from deltaw.core.base import parameters, quantization
 from deltaw.core.errors import BaseMismatchError, ConfigError, MergeError, TargetError, TrainError, UseError
 from deltaw.core.host import host_of
 from deltaw.models.base import load_base
-from deltaw.ship.merge import logits, merge_to_folder, probe
+from deltaw.ship.check import logits, probe
+from deltaw.ship.merge import merge_to_folder
 from deltaw.training import run as training
 from deltaw.training.facts import unchanged
 

@@ -80,7 +80,7 @@ def with_strength(text: str) -> tuple[str, float]:
     from deltaw.core.errors import UseError
 
     folder, equals, strength = text.rpartition("=")
-    if not equals:
+    if not equals or Path(text).is_dir():  # a folder may be called lr=2e-4
         return text, 1.0
     try:
         value = float(strength)

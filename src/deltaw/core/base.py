@@ -91,26 +91,39 @@ def identify(model: nn.Module) -> BaseIdentity:
     """The identity of the base under `model`, adapters left out. Reads a few hundred values."""
     model = unwrapped(model)
     named = [(p, t) for p, t in base_parameters(model) if t.is_floating_point() and t.device.type != "meta" and t.ndim]
-    config = getattr(model, "config", None)
-    name = str(getattr(config, "_name_or_path", "") or "")
+    return BaseIdentity(*called(model), sample(named), quantization(model))
+
+
+def called(model: nn.Module) -> tuple[str, str]:
+    """What the base calls itself, and its class: the first two facts of its identity."""
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if os.path.isdir(name):
         name = os.path.basename(os.path.abspath(name))  # a folder of this machine means nothing elsewhere
     layer = base_class_of(model).__name__
-    return BaseIdentity(name or layer, layer, sample(named), quantization(model))
+    return name or layer, layer
 
 
 def sample(named: Sequence[tuple[str, Tensor]]) -> dict[str, Sample]:
     """Sample named base tensors; the choice depends on names and sizes only."""
-    by_size = sorted(named, key=lambda item: (-item[1].numel(), item[0]))[:4]
-    by_hash = sorted(named, key=lambda item: hashlib.sha256(item[0].encode()).hexdigest())
-    chosen = dict([*by_size, *by_hash][: SAMPLED + 4])
-    result = {}
-    for path, tensor in sorted(chosen.items()):
-        flat = tensor.detach().reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, min(VALUES, flat.numel()), dtype=torch.float64).long()
-        values = flat[places.to(flat.device)].double().tolist()
-        result[path] = Sample(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tuple(values))
+    tensors, result = dict(named), {}
+    for path in chosen({path: tensor.numel() for path, tensor in named}):
+        flat = tensors[path].detach().reshape(-1)
+        values = flat[places(flat.numel()).to(flat.device)].double().tolist()
+        kind = str(flat.dtype).removeprefix("torch.")
+        result[path] = Sample(tuple(tensors[path].shape), kind, tuple(values))
     return result
+
+
+def chosen(sizes: Mapping[str, int]) -> list[str]:
+    """The names that are sampled, of all with their sizes."""
+    by_size = sorted(sizes, key=lambda path: (-sizes[path], path))[:4]
+    by_hash = sorted(sizes, key=lambda path: hashlib.sha256(path.encode()).hexdigest())
+    return sorted(set([*by_size, *by_hash][: SAMPLED + 4]))
+
+
+def places(size: int) -> Tensor:
+    """Which values of a tensor of this size are sampled."""
+    return torch.linspace(0, size - 1, min(VALUES, size), dtype=torch.float64).long()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

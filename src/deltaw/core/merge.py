@@ -9,6 +9,7 @@ bf16, merge followed by subtraction changes about a quarter of all weights.
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +49,7 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = False) -
     guards.intact(modules, name)
     if any(name in here(module).merged for module in modules):
         raise MergeError(f"{name!r} is merged already: unmerge the model before merging it again")
-    entries = [entry for module in modules for entry in here(module).entries[name] if _own(*entry[:2])]
-    work = [(adapter, host) for adapter, host, _ in {id(entry[0]): entry for entry in reversed(entries)}.values()][::-1]
-    work += [pair for adapter, host in work if isinstance(adapter, WeightAdapter) for pair in adapter.beside(host)]
+    work = changes(model, name)
     found = _faults(model, name, work, keep_base)
     if found:
         raise faults(MergeError, f"{name!r} cannot be merged", found)
@@ -100,28 +99,50 @@ def unmerge(model: nn.Module) -> None:
     route.apply(route.adapted_modules(model), {**before_route, **back})
 
 
-def _faults(model: nn.Module, name: str, work: list[tuple[Adapter, Any]], keep_base: bool) -> list[str]:
-    found = []
+def changes(model: nn.Module, name: str) -> list[tuple[Adapter, Any]]:
+    """What a merge of `name` writes: every adapter of it with the view of the slot that it changes."""
+    modules = [module for module in route.adapted_modules(model) if name in here(module).entries]
+    entries = [entry for module in modules for entry in here(module).entries[name] if _own(*entry[:2])]
+    work = [(adapter, host) for adapter, host, _ in {id(entry[0]): entry for entry in reversed(entries)}.values()][::-1]
+    return work + [
+        pair for adapter, host in work if isinstance(adapter, WeightAdapter) for pair in adapter.beside(host)
+    ]
+
+
+def obstacles(model: nn.Module, work: Sequence[tuple[Adapter, Any]]) -> dict[int, str]:
+    """Which items of `work`, by number, no merge can write, whatever the values: parts without a ΔW, and tied weights."""
+    found, owners = {}, _owners(model)
     paths = {id(module): path or "the model itself" for path, module in model.named_modules()}
-    owners, twice = _owners(model), Counter((host.module, host.slot) for _, host in work)
-    for adapter, host in work:
+    for number, (adapter, host) in enumerate(work):
         path = f"{paths[id(host.module)]}.{host.slot}"
         if not isinstance(adapter, WeightAdapter):
-            found.append(f"{path}: {adapter.method.name} has no ΔW, no weight can hold it")
+            found[number] = f"{path}: {adapter.method.name} has no ΔW, no weight can hold it"
+            continue
+        tied = [other for other in owners[_storage(host.stored)] if other != path and not adapter.method.follows_ties]
+        if tied:
+            found[number] = (
+                f"{path} is tied to {', '.join(tied)}, which would change too: "
+                "untie them first, or keep the adapter unmerged"
+            )
+    return found
+
+
+def _faults(model: nn.Module, name: str, work: list[tuple[Adapter, Any]], keep_base: bool) -> list[str]:
+    found, hopeless = [], obstacles(model, work)
+    paths = {id(module): path or "the model itself" for path, module in model.named_modules()}
+    twice = Counter((host.module, host.slot) for _, host in work)
+    for number, (adapter, host) in enumerate(work):
+        path = f"{paths[id(host.module)]}.{host.slot}"
+        if number in hopeless:
+            found.append(hopeless[number])
             continue
         if adapter.added:
             found.append(
                 f"{path}: it brings rows that the weight has no place for: write a grown model with `deltaw merge`"
             )
             continue
-        tied = [other for other in owners[_storage(host.stored)] if other != path and not adapter.method.follows_ties]
         after = _after(adapter, host)
-        if tied:
-            found.append(
-                f"{path} is tied to {', '.join(tied)}, which would change too: "
-                "untie them first, or keep the adapter unmerged"
-            )
-        elif not torch.isfinite(after).all():
+        if not torch.isfinite(after).all():
             found.append(f"{path}: the merged weight is not finite in {host.quantized or host.stored.dtype}")
         elif not keep_base and twice[host.module, host.slot] > 1:
             found.append(f"{path}: two parts of this adapter change it: merge with keep_base=True, which adds them up")

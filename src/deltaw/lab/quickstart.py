@@ -24,7 +24,8 @@ from deltaw.lab.tasks import TASKS, Task, load_task, nearest_row_baseline
 from deltaw.mixing.exact import exact
 from deltaw.models.adapters import load
 from deltaw.models.base import Base, load_base, resolve
-from deltaw.ship.merge import logits, merge_to_folder, probe
+from deltaw.ship.check import logits, probe
+from deltaw.ship.merge import merge_to_folder
 from deltaw.training.callbacks import peak_memory
 from deltaw.training.run import train
 

@@ -28,7 +28,7 @@ from deltaw.lab.tasks import load_task
 from deltaw.methods.lora import LoRA
 from deltaw.models.adapters import load, save
 from deltaw.models.base import load_base
-from deltaw.ship.merge import TOLERANCE, logits, probe
+from deltaw.ship.check import TOLERANCE, logits, probe
 
 STEPS, ROWS, RATE = 8, 8, 5e-3
 SECONDS = 10.0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltaw.analysis.norms import norms
 from deltaw.core.attach import extract, fit, insert
-from deltaw.core.base import base_modules, base_parameters, identify, quantization
+from deltaw.core.base import BaseIdentity, base_modules, base_parameters, identify, quantization
 from deltaw.core.errors import BaseMismatchError, FileError, faults
 from deltaw.core.host import host_of
 from deltaw.core.method import Site
@@ -115,15 +115,17 @@ def load(
     strict: bool = True,
     allow_base_mismatch: bool = False,
     allow_pickle: bool = False,
+    here: BaseIdentity | None = None,
 ) -> LoadReport:
     """Load an adapter directory into `model` as adapter `name`, frozen, and make it the one that is live.
 
     Every tensor must land. strict=False loads what fits and reports the rest loudly. Raises FileError for files that
     are missing, corrupt or do not fit, ConfigError for PEFT features that are not supported, BaseMismatchError.
+    here: which base this is, where `model` does not hold all of its values (`deltaw.ship.mapped`).
     """
     stored = directory.open_directory(path, allow_pickle=allow_pickle, strict=strict)
     state, notes = stored.state, list(stored.notes)
-    answer, why = _base_answer(model, stored)
+    answer, why = _base_answer(model, stored, here)
     if why and not allow_base_mismatch:
         raise BaseMismatchError(
             f"{path} was trained on {repr(stored.base_name) if stored.base_name else 'a base it does not name'}, "
@@ -168,7 +170,7 @@ def _keeps(folder: Path) -> str | None:
     return f"it was trained with {' and '.join(kept)}: deltaw.data.kept.use_kept(tokenizer, {str(folder)!r}) sets them"
 
 
-def _base_answer(model: nn.Module, stored: directory.Stored) -> tuple[Answer, str | None]:
+def _base_answer(model: nn.Module, stored: directory.Stored, here: BaseIdentity | None) -> tuple[Answer, str | None]:
     """The answer, and for a mismatch what tells the bases apart."""
     there = dict(base_parameters(model))
     for name, copy in stored.copies.items():
@@ -184,7 +186,7 @@ def _base_answer(model: nn.Module, stored: directory.Stored) -> tuple[Answer, st
             "mismatch",
             f"it makes up for what quantising rounds off (init: loftq): its base is {_held(trained.quantized)}, this one is {_held(now)}",
         )
-    here = identify(model)
+    here = here or identify(model)
     difference = trained.difference(here)
     if difference:
         return "mismatch", difference

@@ -129,7 +129,7 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         config = transformers.AutoConfig.from_pretrained(source)
     except Exception as error:
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
     if not len(tokenizer):
         raise FileError(
             f"the base {name!r} has no tokenizer in its folder: save one there, with tokenizer.save_pretrained"
@@ -161,7 +161,7 @@ def load_base(name: str, *, dtype: str = "auto", device: torch.device | None = N
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
     except Exception as error:
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
     if name == "tiny":
         model.config._name_or_path = "tiny"  # what its adapters name as their base, on every machine
     if not options:
@@ -176,7 +176,7 @@ def read_config(name: str) -> Any:
     try:
         return require_transformers().AutoConfig.from_pretrained(resolve(name))
     except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be loaded
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
 
 
 def outline(name: str) -> Any:
@@ -186,10 +186,10 @@ def outline(name: str) -> Any:
         with torch.device("meta"):
             return require_transformers().AutoModelForCausalLM.from_config(config)
     except Exception as error:
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
 
 
-def _unreadable(name: str, error: Exception) -> FileError:
+def unreadable(name: str, error: Exception) -> FileError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return FileError(f"the base {name!r} cannot be loaded: {reason}")
 

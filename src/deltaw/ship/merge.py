@@ -1,110 +1,131 @@
-"""deltaw merge: base + adapter → a plain Transformers folder, reloaded from disk and checked against the adapter.
+"""deltaw merge: base + Σ strength · adapter → a plain Transformers folder, read back from disk and held against the adapters.
 
-    reference = logits(base with the adapter live)       fp32
-    merged    = logits(what was written, read back)      fp32 arithmetic on the written weights
+    plan     names on disk → changes, on the mapped base; a wrong base or a change that cannot be merged ends here
+    compare  logits of the base with the adapters live, fp32                                     (`deltaw.ship.check`)
+    write    one tensor after the other: same files, names, dtypes and metadata; memory is one block (`deltaw.ship.disk`)
+    check    every target changed; logits of the folder read back; checksums → merge.json
 
-The folder appears only when the check passes. A ΔW of zero is refused: the folder would be the base under another name.
-An adapter that was trained on a quantised base can go into the original weights or into those read back from the
-quantised ones (`deltaw.ship.roundtrip`); both are held against the adapter on the quantised base.
+The folder appears only when all of that went well. A merge that cannot be done file by file is done in memory, and says
+why (`deltaw.ship.live`). An adapter that was trained on a quantised base can go into the original weights or into those
+read back from the quantised ones (`deltaw.ship.roundtrip`); the folder itself is never quantised.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+import gc
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
 
-from deltaw.core.attach import adapters, detach, extract, insert
-from deltaw.core.errors import MergeError, UseError
-from deltaw.core.files import must_be_free, whole_folder
-from deltaw.core.merge import merge as merge_live
-from deltaw.core.route import use
-from deltaw.data.kept import use_kept
-from deltaw.methods.token_rows import TokenRowsAdapter
-from deltaw.models.adapters import LoadReport, load
-from deltaw.models.base import load_base, named_quantization, pick_dtype, read_config, require_transformers
+from deltaw.core.base import BaseIdentity, identify
+from deltaw.core.errors import FileError, UseError
+from deltaw.core.files import must_be_free, whole_folder, write_text
+from deltaw.data.kept import read_kept, together
+from deltaw.formats import directory
+from deltaw.models.adapters import LoadReport
+from deltaw.models.base import load_tokenizer, named_quantization, read_config
 from deltaw.models.quantize import method_of
-from deltaw.ship.roundtrip import RoundTrip, decoded, put, round_trip
+from deltaw.ship import disk
+from deltaw.ship.beside import DTYPES, REPORT, asked, copy_beside, folder_of, room
+from deltaw.ship.check import Reference
+from deltaw.ship.live import Job, corrects, live, loaded, merge_live
+from deltaw.ship.private import Private
+from deltaw.ship.roundtrip import RoundTrip
+from deltaw.ship.shards import Plan, plan, subject
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest accepted logit difference, as a share of the largest logit; rounding of the weights makes most of it."""
+Told = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
 
 
 @dataclass(frozen=True)
 class Shipped:
-    """What was written and how far it is from the adapter."""
+    """What was written and how far it is from the adapters."""
 
     path: Path
     dtype: str
     weights: int
-    max_logit_difference: float
-    """Between the folder read back and the base with the adapter, over all probe positions."""
-    effect: float
-    """Largest logit difference between the base with and without the adapter: what the merge must keep."""
+    max_logit_difference: float | None
+    """Between the folder read back and the base with the adapters, over all positions; None where that was left out."""
+    effect: float | None
+    """Largest logit difference between the base with and without the adapters: what the merge must keep."""
     into: str = "original"
     """Which weights of the base it went into: the original ones, or those read back from the quantised base."""
     round_trip: RoundTrip | None = None
     """Of an adapter that was trained on a quantised base: how far both ways are from what training saw."""
     remarks: tuple[str, ...] = ()
-    """What loading the adapter said of it and of its base."""
+    """What loading the adapters said of them and of their base, and what someone must know of the merge."""
+    way: str = "shards"
+    """shards: file by file; memory: with the whole base in memory."""
+    vanished: tuple[str, ...] = ()
+    """Weights that were to change and did not: the change was rounded off, or zero."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of every file that was written."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """plan, compare (the adapters' own logits), write, check (reading back, checksums)."""
+    private: int | None = None
+    """By how many bytes the process's own memory rose while it was written, mapped files left out (Linux)."""
 
 
 def merge_to_folder(
-    model: str, adapter: str | Path, output: str | Path, *, dtype: str = "auto", into: str = "original",
-    quantize: str | None = None, allow_base_mismatch: bool = False, allow_pickle: bool = False,
+    model: str, adapter: str | Path | Sequence[tuple[str | Path, float]], output: str | Path, *, dtype: str = "auto",
+    into: str = "original", quantize: str | None = None, allow_base_mismatch: bool = False, allow_pickle: bool = False,
+    prompts: Sequence[str] = (), check: bool = True, told: Told | None = None,
 ) -> Shipped:  # fmt: skip
-    """Merge the adapter folder into the base and write `output` in `dtype`: fp32, bf16, or auto = the base's own files.
+    """Merge one adapter folder, or several (folder, strength), into the base and write `output`.
 
-    Arithmetic is fp32 with one rounding at the end. quantize: the kind of base that the adapter was trained on, None = as
-    its files say; where that is quantised, `into` chooses between the original weights and those read back from it
-    (dequantized), and the report compares both. The folder itself is never quantised. Raises MergeError when the result
-    does not compute what the adapter does; nothing is left behind then.
+    W' = W + Σ strength · ΔW, every ΔW from the base's own W; arithmetic is fp32 with one rounding at the end. dtype: fp32,
+    bf16, fp16, or auto = each weight as the base's own files have it. quantize: the kind of base that the adapters were
+    trained on, None = as their files say; where that is quantised, `into` chooses between the original weights and those
+    read back from it (dequantized), and the report compares both. prompts: texts to compare logits on, instead of fixed
+    ids; check=False leaves that comparison out, for models that do not fit into memory. Raises MergeError when the result
+    does not compute what the adapters do, FileError for files; nothing is left behind then.
     """
     target = Path(output)
     must_be_free(target)
-    written = _dtype(model, dtype)
-    quantize = named_quantization(Path(adapter), model) if quantize is None else quantize
-    _possible(model, into, quantize)
-    allowed_files = {"allow_base_mismatch": allow_base_mismatch, "allow_pickle": allow_pickle}
-    found = _trained_on(model, adapter, quantize, into, allowed_files) if quantize != "none" else None
-    base = load_base(model, dtype="fp32", device=torch.device("cpu"))
-    checked = {"allow_base_mismatch": True} if found is not None else {}  # it is the right one for the quantised base
-    report = load(base.model, adapter, name="merged", **{**allowed_files, **checked})
-    remarks = tuple((report if found is None else found[2]).remarks)
-    use_kept(base.tokenizer, Path(adapter))
-    ids = _probe(base.model, "merged")
-    known = (ids < base.model.get_input_embeddings().weight.shape[0]).all(1)
-    ways: dict[str, Mapping[str, Tensor]] = {}
-    if found is not None:
-        ways = {"original": put(base.model, found[0]), "dequantized": found[0]}
-        put(base.model, ways[into])
-    tuned = logits(base.model, ids)
-    with use(base.model, {}):
-        plain = logits(base.model, ids[known])
-    effect = float((tuned[known][..., : plain.shape[-1]] - plain).abs().max())
-    _grow(base.model, "merged")
-    compared = None
-    if found is not None:
-        distances = round_trip(base.model, "merged", ways, found[1], lambda: logits(base.model, ids))
-        compared = RoundTrip(quantize, **distances)
-        put(base.model, ways[into])
-    merged = merge_live(base.model, "merged")
-    base.model.to(written)
-    transformers = require_transformers()
-    with whole_folder(target) as folder:
-        base.model.save_pretrained(folder)
-        base.tokenizer.save_pretrained(folder)
-        again = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        difference = float((logits(again, ids) - tuned).abs().max())
-        allowed = TOLERANCE[written] * float(tuned.abs().max())
-        if not difference <= allowed:
-            raise MergeError(
-                f"the merged model differs from the adapter by {difference:.3g} in its logits, more than {allowed:.3g}: "
-                f"nothing was written. Merge with dtype fp32 to see whether rounding is the cause"
+    parts = [(adapter, 1.0)] if isinstance(adapter, str | Path) else list(adapter)
+    wanted = asked(dtype)
+    job = _job(model, parts, into, quantize, prompts, check, allow_base_mismatch, allow_pickle)
+    clock = _Clock()
+    source = folder_of(model)
+    with clock("plan"):
+        checkpoint = disk.open_checkpoint(source)
+        found = _way(job, checkpoint)
+    try:
+        with whole_folder(target) as folder:
+            write = _in_shards if isinstance(found, Plan) else _in_memory
+            return write(job, found, source, folder, target, wanted, clock, told or (lambda done, total: None))
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FileError(
+            f"{target} cannot be written: {reason}; nothing was left there: give a disk with more room"
+        ) from None
+
+
+def _job(
+    model: str, parts: Sequence[tuple[str | Path, float]], into: str, quantize: str | None, prompts: Sequence[str],
+    check: bool, mismatch: bool, pickle: bool,
+) -> Job:  # fmt: skip
+    if not parts:
+        raise UseError("give at least one adapter to merge")
+    folders = [(Path(folder), strength) for folder, strength in parts]
+    if quantize is None:
+        kinds = list(dict.fromkeys(named_quantization(folder, model) for folder, _ in folders))
+        if len(kinds) > 1:
+            raise UseError(
+                f"these adapters were trained on differently quantised bases ({', '.join(kinds)}): merge them one after "
+                f"the other, or say which base to go by, --quantize {kinds[0]}"
             )
-    kind = str(written).removeprefix("torch.")
-    return Shipped(target, kind, merged.weights, difference, effect, into, compared, remarks)
+        quantize = kinds[0]
+    _possible(model, into, quantize)
+    kept = together([read_kept(folder) for folder, _ in folders])
+    allowed = {"allow_base_mismatch": mismatch, "allow_pickle": pickle}
+    return Job(model, folders, kept, into, quantize, allowed, tuple(prompts), check)
 
 
 def _possible(model: str, into: str, quantize: str) -> None:
@@ -123,61 +144,137 @@ def _possible(model: str, into: str, quantize: str) -> None:
         )
 
 
-def _trained_on(
-    model: str, adapter: str | Path, quantize: str, into: str, allowed: Mapping[str, bool]
-) -> tuple[dict[str, Tensor], Tensor, LoadReport]:
-    """Weights read back from the quantised base, the logits of the adapter on it, and what loading it said."""
-    base = load_base(model, dtype="fp32", device=torch.device("cpu"), quantize=quantize)
-    report = load(base.model, adapter, name="merged", **allowed)
-    if into == "original" and any(one.method.corrects for one in adapters(base.model, "merged").values()):
-        raise UseError(
-            "this adapter makes up for what quantising rounds off (init: loftq), the original weights would be corrected "
-            "for what they do not lack: merge with into dequantized (--into dequantized)"
-        )
-    return decoded(base.model), logits(base.model, _probe(base.model, "merged")), report
+def _way(job: Job, checkpoint: disk.Checkpoint | None) -> Plan | str:
+    """The plan of the shards, or why the merge needs the whole base in memory."""
+    if job.quantize != "none" and job.into == "original":
+        pickle = job.allowed["allow_pickle"]
+        states = [directory.open_directory(folder, allow_pickle=pickle).state for folder, _ in job.parts]
+        if corrects(states):
+            raise UseError(
+                "this adapter makes up for what quantising rounds off (init: loftq), the original weights would be "
+                "corrected for what they do not lack: merge with into dequantized (--into dequantized)"
+            )
+    if job.into == "dequantized":
+        return "the weights are read back from a quantised base"
+    if checkpoint is None:
+        return "the base has no safetensors file"
+    return plan(job, checkpoint)
 
 
-def _grow(model: nn.Module, name: str) -> None:
-    """Where adapter `name` brings rows of new tokens, make the base's tables as large as they need."""
-    size = max(_tokens(model, name), default=-1) + 1
-    if size > model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator]
-        state = extract(model, name)
-        detach(model, name)
-        model.resize_token_embeddings(size, mean_resizing=False)  # type: ignore[operator]
-        insert(model, state, name=name)
+def _in_shards(
+    job: Job,
+    found: Any,
+    source: Path,
+    folder: Path,
+    target: Path,
+    dtype: torch.dtype | None,
+    clock: "_Clock",
+    told: Told,
+) -> Shipped:
+    held, reports = None, found.reports
+    if job.check:
+        with clock("compare"):
+            there = live(job, tokenizer=False)
+            held, reports = there.reference, there.reports
+            del there
+            gc.collect()
+    with clock("write"), Private() as memory:
+        total, done = found.checkpoint.bytes, [0]
+        room(target, found.checkpoint, dtype)
+
+        def count(size: int) -> None:
+            done[0] += size
+            told(done[0], total)
+
+        copy_beside(source, folder, dtype)
+        if job.kept.files:
+            words = load_tokenizer(job.model)[0]
+            job.kept.give(words)
+            words.save_pretrained(folder)
+        disk.write(found.checkpoint, folder, dtype, found.changed, count)
+    gone = found.vanished(subject(job))
+    written = found.dtype(dtype)
+    return _checked(
+        job, folder, target, written, held, reports, found.base.identity, clock,
+        weights=len(found.targets), way="shards", vanished=tuple(gone), private=memory.rise,
+    )  # fmt: skip
 
 
-def _tokens(model: nn.Module, name: str) -> list[int]:
-    """The tokens whose rows adapter `name` brings."""
-    rows = [a for a in adapters(model, name).values() if isinstance(a, TokenRowsAdapter)]
-    return sorted({token for adapter in rows for token in adapter.tokens})
+def _in_memory(
+    job: Job,
+    reason: Any,
+    source: Path,
+    folder: Path,
+    target: Path,
+    dtype: torch.dtype | None,
+    clock: "_Clock",
+    told: Told,
+) -> Shipped:
+    with clock("compare"):
+        there = live(job, tokenizer=True)
+    base = identify(there.model)
+    with clock("write"), Private() as memory:
+        weights = merge_live(there, job)
+        own = getattr(read_config(job.model), "dtype", None)
+        written = dtype or (own if own in DTYPES.values() else torch.float32)
+        there.model.to(written)
+        there.model.save_pretrained(folder)
+        there.tokenizer.save_pretrained(folder)
+    held, reports = there.reference, there.reports
+    del there
+    gc.collect()
+    return _checked(
+        job, folder, target, written, held, reports, base, clock,
+        weights=weights, way="memory", private=memory.rise, remarks=(f"merged in memory: {reason}",),
+    )  # fmt: skip
 
 
-def _probe(model: nn.Module, name: str, most: int = 96) -> Tensor:
-    """`probe`, and rows in which every second id is a token of adapter `name`: else nothing would read their rows."""
-    tokens, first = _tokens(model, name), probe(model)
-    tokens = tokens[:: -(-len(tokens) // most)] if tokens else []
-    width = first.shape[1]
-    more = probe(model, -(-len(tokens) // (width // 2)), width)
-    places = torch.arange(more.numel()).view(more.shape)[:, 1::2].flatten()[: len(tokens)]
-    more.view(-1)[places] = torch.tensor(tokens, dtype=more.dtype)
-    return torch.cat([first, more])
+def _checked(
+    job: Job, folder: Path, target: Path, dtype: torch.dtype, held: Reference | None, reports: Sequence[LoadReport],
+    base: BaseIdentity, clock: "_Clock", remarks: tuple[str, ...] = (), **facts: Any,
+) -> Shipped:  # fmt: skip
+    """Read back what was written, hold it against the reference, and write the report beside it."""
+    difference = None
+    with clock("check"):
+        files = {file.name: _digest(file) for file in sorted(folder.iterdir()) if file.is_file()}
+        if held is not None:
+            difference = held.held(loaded(str(folder)), dtype)
+            gc.collect()
+    said = list(dict.fromkeys(remark for report in reports for remark in report.remarks))
+    if held is None:
+        said.append("its logits were not compared with the adapters' (check left out)")
+    elif held.effect == 0:
+        said.append("the compared rows do not reach what the adapters change: the logits prove nothing here")
+    if facts.get("vanished"):
+        said.append(f"no change is left after rounding of {', '.join(facts['vanished'][:6])}, …"[:400])
+    done = Shipped(
+        target, str(dtype).removeprefix("torch."), facts.pop("weights"), difference, held.effect if held else None,
+        job.into, held.round_trip if held else None, (*said, *remarks), files=files, seconds=clock.seconds, **facts,
+    )  # fmt: skip
+    parts = [
+        {"adapter": str(folder), "strength": strength, "digest": report.digest}
+        for (folder, strength), report in zip(job.parts, reports, strict=True)
+    ]
+    record = {"base": base.to_dict(), "adapters": parts, **asdict(done)}
+    del record["path"]
+    record["positions"] = held.positions if held is not None else 0
+    write_text(folder / REPORT, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return done
 
 
-def probe(model: nn.Module, rows: int = 4, length: int = 24) -> Tensor:
-    """Fixed pseudo-random token ids, [rows, length]: any input will do to compare two models."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, model.get_input_embeddings().weight.shape[0], (rows, length), generator=generator)  # type: ignore[operator]
+def _digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-@torch.no_grad()
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    return model.eval()(input_ids=ids, use_cache=False).logits.float()
+class _Clock:
+    """Seconds of each stage by name."""
 
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
 
-def _dtype(model: str, dtype: str) -> torch.dtype:
-    """The dtype to write: as asked, or that of the base's own files."""
-    if dtype != "auto":
-        return pick_dtype(dtype)
-    own = read_config(model).dtype
-    return own if own in TOLERANCE else torch.float32
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)

@@ -1,0 +1,81 @@
+"""The rest of a model's folder: where it lies, what goes along to the merged one, and is there room for it?"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaw.core.errors import FileError, UseError
+from deltaw.core.files import read_json, write_text
+from deltaw.models.base import resolve
+from deltaw.ship.disk import AGAIN, Checkpoint, rewritten
+
+CONFIG, REPORT = "config.json", "merge.json"
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
+"""Endings of files that hold weights, of the base and not of what is written."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LEFT = {".md", ".gitattributes", ".gitignore", ".metadata"}
+"""The base's own card, and what belongs to the place it lay in."""
+
+
+def folder_of(model: str) -> Path:
+    """The folder that a base lies in: its own, or the hub's cache, filled where it has to be."""
+    found = resolve(model)
+    if Path(found).is_dir():
+        return Path(found)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(found, allow_patterns=["model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise FileError(f"the base {model!r} cannot be fetched: {reason}") from None
+
+
+def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
+    """Configuration, tokenizer, template, generation settings, licence: every file of `source` that holds no weights."""
+    for file in sorted(source.iterdir()):
+        ending = file.suffix or file.name
+        index = file.name.endswith(".index.json")
+        if not file.is_file() or ending in WEIGHTS | LEFT or index or file.name == REPORT:
+            continue
+        shutil.copyfile(file, folder / file.name)
+    if dtype is not None:
+        record = read_json(folder / CONFIG, AGAIN)
+        kind = str(dtype).removeprefix("torch.")
+        write_text(folder / CONFIG, json.dumps(_typed({"dtype": kind, **record}, kind), indent=2) + "\n")
+
+
+def _typed(record: Any, kind: str) -> Any:
+    """A configuration, and those of its parts, that say the dtype of what was written."""
+    if not isinstance(record, dict):
+        return record
+    return {
+        key: kind if key in ("dtype", "torch_dtype") and value else _typed(value, kind) for key, value in record.items()
+    }
+
+
+def room(target: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
+    """FileError where the disk of `target` has not the room for the weights."""
+    needed = 0
+    for file in checkpoint.files:
+        header, entries = rewritten(checkpoint, file, dtype)
+        needed += len(header) + max((entry.end for entry in entries.values()), default=0)
+    above = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(above).free
+    if free < needed:
+        raise FileError(
+            f"the merged model takes {needed / 1e9:.2f} GB and {above} has {free / 1e9:.2f} GB left: nothing was written, "
+            "give a disk with more room"
+        )
+
+
+def asked(dtype: str) -> torch.dtype | None:
+    """The dtype to write, None for each weight's own."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UseError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+    return DTYPES.get(dtype)
