@@ -151,7 +151,10 @@ class Method:
     def combine(self, parts: Sequence[Part]) -> "tuple[Method, dict[str, Tensor]]":
         """Σ weight · ΔW of several states at one site as one method and its tensors, exact to rounding."""
         names = " + ".join(sorted({type(method).__name__ for method, _, _ in parts}))
-        raise UseError(f"{names} at one site cannot be mixed exactly: the change is not a weighted sum of factors")
+        raise UseError(
+            f"{names} at one site cannot be mixed exactly: the change is not a weighted sum of factors; "
+            "mixing.svd (deltaw mix --rank) mixes it in a given rank"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Name, version and the fields that differ from their defaults, ready for JSON."""

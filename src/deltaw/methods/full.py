@@ -59,7 +59,8 @@ class Full(Method):
         if abs(total - 1.0) > 1e-6:
             raise UseError(
                 f"weights of trained copies sum to {total:g}: copies are absolute values, their mix is exact only "
-                "where the weights sum to 1 (mixing.exact([a, b], [w, 1 - w])), or live with use(model, {...})"
+                "where the weights sum to 1 (mixing.exact([a, b], [w, 1 - w])), with the base (mixing.exact(…, base=model), "
+                "deltaw mix --model), or live with use(model, {...})"
             )
         return self, {"copy": torch.stack([tensors["copy"].float() * w for _, tensors, w in parts]).sum(0)}
 
