@@ -39,7 +39,9 @@ def mix(
     density: Annotated[
         float | None, typer.Option(help="ties and dare: share of the numbers that stay.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="dare: which numbers are dropped.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="dare: which numbers are dropped. Default: 0.", show_default=False)
+    ] = None,
     block: Annotated[
         list[str] | None,
         typer.Option(
@@ -72,11 +74,11 @@ def mix(
     from deltaw.mixing import blocks
     from deltaw.ship.readback import read_back
 
-    plan = _plan(how, rank, energy, density, block)
+    plan = _plan(how, rank, energy, density, seed, block)
     must_be_free(output)
     pairs = [with_strength(part) for part in parts]
     pairs += [(folder, -strength) for folder, strength in map(with_strength, subtract or [])]
-    by_block = dict(_block(text) for text in block or [])
+    by_block = _blocks(block or [])
     stored = [directory.open_directory(folder, allow_pickle=allow_pickle) for folder, _ in pairs]
     for (folder, _), one in zip(pairs, stored, strict=True):
         tell(folder, one.notes)
@@ -84,11 +86,9 @@ def mix(
     states, weights = [one.state for one in stored], [weight for _, weight in pairs]
     base = None if model is None else _base(model, pairs, states, allow_base_mismatch)
     terms = blocks(states, weights, by_block) if by_block else (states, weights)
-    mixed, report = _mixed(*terms, plan, seed, base, not as_json and sys.stderr.isatty())
+    mixed, report = _mixed(*terms, plan, base, not as_json and sys.stderr.isatty())
     _not_nothing(mixed, *terms)
-    made: dict[str, Any] = {"how": plan["how"]}
-    made |= {key: plan[key] for key in ("rank", "energy", "density") if plan[key] is not None}
-    made |= {"seed": seed} if plan["how"].startswith("dare") else {}
+    made = {key: value for key, value in plan.items() if value is not None}
     made |= {"blocks": {name: list(own) for name, own in by_block.items()}} if by_block else {}
     lost = {str(site): round(one.error, 9) for site, one in report.sites.items() if one.error} if report else {}
     meta = _shared([one.state.meta for one in stored])
@@ -114,7 +114,12 @@ def mix(
 
 
 def _plan(
-    how: str | None, rank: str | None, energy: float | None, density: float | None, block: list[str] | None
+    how: str | None,
+    rank: str | None,
+    energy: float | None,
+    density: float | None,
+    seed: int | None,
+    block: list[str] | None,
 ) -> dict[str, Any]:
     """What is to be done, where the options go together; UseError with all that does not."""
     from deltaw.core.errors import UseError, did_you_mean, faults
@@ -134,32 +139,36 @@ def _plan(
         found.append(f"--how {how} needs --density, the share of numbers that stay (0.2 in the paper of TIES)")
     if not sparse and density is not None:
         found.append(f"--density belongs to ties and dare, not to {how}")
+    if seed is not None and not how.startswith("dare"):
+        found.append(f"--seed belongs to dare, not to {how}")
     if rank is not None and rank not in ("auto", "full") and not rank.isdecimal():
         found.append(f"--rank {rank!r} is neither a whole number, nor auto, nor full")
     if found:
         raise faults(UseError, "this mix cannot be made", found)
     number = int(rank) if rank is not None and rank.isdecimal() else "full" if rank == "full" else None
-    return {
-        "how": how,
-        "rank": number,
-        "energy": AUTO if rank == "auto" and energy is None else energy,
-        "density": density,
-    }
+    kept = AUTO if rank == "auto" and energy is None else energy
+    seed = (seed or 0) if how.startswith("dare") else None
+    return {"how": how, "rank": number, "energy": kept, "density": density, "seed": seed}
 
 
-def _block(text: str) -> tuple[str, list[float]]:
-    """'attention=1,0' → ('attention', [1.0, 0.0])."""
+def _blocks(texts: Sequence[str]) -> dict[str, list[float]]:
+    """['attention=1,0'] → {'attention': [1.0, 0.0]}."""
     from deltaw.core.errors import UseError
 
-    name, _, numbers = text.rpartition("=")
-    try:
-        return name, [float(number) for number in numbers.split(",")]
-    except ValueError:
-        raise UseError(f"--block {text!r}: {numbers!r} is not a list of numbers: write attention=1,0") from None
+    found: dict[str, list[float]] = {}
+    for text in texts:
+        name, _, numbers = text.rpartition("=")
+        if name in found:
+            raise UseError(f"--block {name!r} is given twice: leave one out")
+        try:
+            found[name] = [float(number) for number in numbers.split(",")]
+        except ValueError:
+            raise UseError(f"--block {text!r}: {numbers!r} is not a list of numbers: write attention=1,0") from None
+    return found
 
 
 def _mixed(
-    states: Sequence[Any], weights: Sequence[float], plan: Mapping[str, Any], seed: int, base: Any, bar: bool
+    states: Sequence[Any], weights: Sequence[float], plan: Mapping[str, Any], base: Any, bar: bool
 ) -> tuple[Any, Any]:
     """The mixed state, and by site what it cost; None where nothing can be lost."""
     from deltaw.mixing import dare, exact, svd, ties
@@ -177,7 +186,7 @@ def _mixed(
         return svd(states, weights, **options)
     if how == "ties":
         return ties(states, weights, plan["density"], **options)
-    return dare(states, weights, plan["density"], seed=seed, elect=how == "dare-ties", **options)
+    return dare(states, weights, plan["density"], seed=plan["seed"], elect=how == "dare-ties", **options)
 
 
 def _base(model: str, pairs: Sequence[tuple[str, float]], states: Sequence[Any], mismatch: bool) -> Any:
