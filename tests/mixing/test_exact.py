@@ -138,3 +138,23 @@ def test_what_has_no_factors_is_refused_with_the_way_out() -> None:
         exact([dora, lora], [0.5, 0.5])
     with pytest.raises(UseError, match="the mix is too large for fp32"):
         exact([lora], [1e39])
+
+
+def test_token_rows_of_one_part_stay_and_what_has_no_change_is_refused() -> None:
+    from core import tiny
+
+    from deltaw.methods.token_rows import TokenRows
+
+    model = tiny.model("llama")
+    lora, other = states(model, [LoRA(rank=2), LoRA(rank=3)], "q_proj")
+    (rows,) = states(model, [TokenRows(tokens=(1, 2))], "embed_tokens")
+    mixed = exact([lora, other, rows], [0.5, -0.5, 1.0])
+    place = Site("model.embed_tokens")
+    assert torch.equal(mixed.tensors[place]["rows"], rows.tensors[place]["rows"]) and len(mixed.methods) == 3
+    with pytest.raises(UseError, match="TokenRows at one site cannot be mixed exactly"):
+        exact([rows, rows], [0.5, 0.5])
+    (block,) = states(model, [get("bottleneck")()], "mlp")
+    with pytest.raises(UseError, match="Bottleneck at one site cannot be mixed exactly"):
+        exact([block, lora], [1.0, 1.0])
+    with pytest.raises(UseError, match="bottleneck has no ΔW, its change cannot be written"):
+        svd([block, lora], [1.0, 1.0], 4)

@@ -41,7 +41,7 @@ def dare(
 
     def merge(site: Site, changes: Sequence[Tensor]) -> Tensor:
         sparse = [dropped(change, density, f"{seed} {site} {number}") for number, change in enumerate(changes)]
-        return elected(sparse) if elect else torch.stack(sparse).sum(0)
+        return elected(sparse) if elect else sum(sparse[1:], start=sparse[0])
 
     rank = None if energy is not None and rank == "full" else rank
     return through(states, weights, rank=rank, energy=energy, base=base, merge=merge, track=track)

@@ -30,7 +30,7 @@ from deltaw.mixing.base import Weights, beside, kept, matrix, parameter, spec_of
 
 Rank = int | Literal["full"] | None
 Merge = Callable[[Site, Sequence[Tensor]], Tensor]
-"""The weighted changes of the parts at a site, each [.., out, fan_in] → one. They may be written over."""
+"""The weighted changes of the parts at a site, each [.., out, fan_in] → one."""
 Track = Callable[[Sequence[Site]], Iterable[Site]]
 Part = tuple[AdapterState, float]
 Terms = list[tuple[Tensor, float]]
@@ -70,6 +70,7 @@ class Conversion:
 Made = tuple[Method, Mapping[str, Tensor], Converted]
 
 
+@torch.no_grad()
 def through(
     states: Sequence[AdapterState],
     weights: Sequence[float],
@@ -155,8 +156,8 @@ def _site(
     if rank is None and energy is None and merge is None:
         missing = next(state.methods[site].name for (state, _), term in zip(parts, terms, strict=True) if term is None)
         raise UseError(f"the change of {missing} has no low-rank factors: give the rank to cut it at")
-    changes = [w * matrix(state, site, base) for state, w in parts]
-    whole = torch.stack(changes).sum(0) if merge is None else merge(site, changes)
+    changes = [matrix(state, site, base).mul_(w) for state, w in parts]
+    whole = sum(changes[1:], start=changes[0]) if merge is None else merge(site, changes)
     del changes  # before the cut needs as much again
     made = (
         cut.whole(whole) if rank == "full" or (rank is None and energy is None) else cut.of_matrix(whole, rank, energy)
