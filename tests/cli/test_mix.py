@@ -153,7 +153,7 @@ def test_what_depends_on_the_base_reads_it(
         (["--how", "exact", "--rank", 4], "--how exact cuts nothing"),
         (["--how", "svd"], "--how svd needs a rank: --rank 16, --rank auto"),
         (["--how", "ties", "--rank", 4], "needs --density"),
-        (["--how", "dare", "--density", 0.5], "needs a rank: --rank 16, --rank auto (with --energy), or full"),
+        (["--how", "dare", "--density", 0.5], "needs a rank: --rank 16, --rank auto (with --energy) or --rank full"),
         (["--density", 0.5], "--density belongs to ties and dare, not to exact"),
         (["--how", "blocks"], "--how blocks needs the weights"),
         (["--rank", "many"], "--rank 'many' is neither a whole number, nor auto, nor full"),

@@ -13,6 +13,7 @@ from deltaw.core.method import Method, Site, get
 from deltaw.core.state import AdapterState, delta
 from deltaw.methods.adalora import AdaLoRA
 from deltaw.methods.dora import DoRA
+from deltaw.methods.full import Full
 from deltaw.methods.lora import LoRA
 from deltaw.mixing import exact, svd
 
@@ -133,9 +134,12 @@ def test_what_has_no_factors_is_refused_with_the_way_out() -> None:
     model = nn.Sequential(nn.Linear(6, 5))
     dora, lora = states(model, [DoRA(rank=2), LoRA(rank=2)])
     with pytest.raises(
-        UseError, match=r"DoRA \+ LoRA at one site cannot be mixed exactly.*mixing\.svd \(deltaw mix --rank\)"
+        UseError, match=r"DoRA \+ LoRA at one site cannot be mixed exactly.*mixing\.svd, deltaw mix --rank"
     ):
         exact([dora, lora], [0.5, 0.5])
+    (whole,) = states(model, [Full()], "0")
+    with pytest.raises(UseError, match="one adapter trains this module itself and another adapts it"):
+        svd([whole, lora], [0.5, 0.5], 2, base=model)
     with pytest.raises(UseError, match="the mix is too large for fp32"):
         exact([lora], [1e39])
 

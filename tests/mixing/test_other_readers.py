@@ -10,6 +10,8 @@ from core import tiny
 from torch import Tensor, nn
 
 import deltaw
+from deltaw.core.errors import UseError
+from deltaw.core.method import Site
 from deltaw.core.state import AdapterState, delta
 from deltaw.formats import directory
 from deltaw.methods.dora import DoRA
@@ -156,3 +158,20 @@ def test_real_adapters(shared: Path, tmp_path: Path) -> None:
         assert least.methods[site].rank <= state.methods[site].rank  # type: ignore[attr-defined]
         zero = torch.zeros(state.specs[site].shape)
         torch.testing.assert_close(delta(least, site, zero), delta(state, site, zero), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.shared
+def test_real_adapters_with_heads_of_their_own(shared: Path, tmp_path: Path) -> None:
+    """Two DistilBERT adapters, six classes and two: their heads do not mix, and by block the mix takes one of them."""
+    names = ("dayanidhi04__emotion-classification-distilbert-lora", "Tashu014__lora-imdb-distilbert")
+    states = [directory.open_directory(shared / "adapters" / name).state for name in names]
+    with pytest.raises(UseError, match=r"classifier: the trained copies have different shapes.*--block NAME=1,0"):
+        exact(states, [0.5, 0.5])
+    mixed = exact(*blocks(states, [0.5, 0.5], {"classifier": [1.0, 0.0]}))
+    directory.write(mixed, tmp_path / "mixed")
+    assert read_back(mixed, tmp_path / "mixed") < 1e-6
+    there = directory.open_directory(tmp_path / "mixed").state
+    head, inner = Site("classifier"), Site("pre_classifier")
+    assert torch.equal(there.tensors[head]["copy"], states[0].tensors[head]["copy"])
+    half = [0.5 * state.tensors[inner]["copy"] for state in states]
+    torch.testing.assert_close(there.tensors[inner]["copy"], half[0] + half[1])

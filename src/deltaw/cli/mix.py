@@ -134,7 +134,7 @@ def _plan(
     if how == "blocks" and not block:
         found.append("--how blocks needs the weights: --block attention=1,0 --block mlp@0-11=0,1")
     if (sparse or how == "svd") and not cuts:
-        found.append(f"--how {how} needs a rank: --rank 16, --rank auto (with --energy)" + (", or full" * sparse))
+        found.append(f"--how {how} needs a rank: --rank 16, --rank auto (with --energy) or --rank full")
     if sparse and density is None:
         found.append(f"--how {how} needs --density, the share of numbers that stay (0.2 in the paper of TIES)")
     if not sparse and density is not None:

@@ -55,6 +55,7 @@ class Full(Method):
     def combine(self, parts: Sequence[Part]) -> tuple[Method, dict[str, Tensor]]:
         if any(not isinstance(method, Full) for method, _, _ in parts):
             return super().combine(parts)
+        of_one_shape([tensors["copy"] for _, tensors, _ in parts])
         total = sum(weight for _, _, weight in parts)
         if abs(total - 1.0) > 1e-6:
             raise UseError(
@@ -63,6 +64,16 @@ class Full(Method):
                 "deltaw mix --model), or live with use(model, {...})"
             )
         return self, {"copy": torch.stack([tensors["copy"].float() * w for _, tensors, w in parts]).sum(0)}
+
+
+def of_one_shape(copies: Sequence[Tensor]) -> None:
+    """UseError where copies of one parameter have several shapes: heads of different tasks."""
+    shapes = sorted({tuple(copy.shape) for copy in copies})
+    if len(shapes) > 1:
+        raise UseError(
+            f"the trained copies have different shapes, {' and '.join(map(str, shapes))}: take the one of one adapter, "
+            "with weights by block (mixing.blocks, deltaw mix --block NAME=1,0)"
+        )
 
 
 def companions(

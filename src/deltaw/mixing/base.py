@@ -91,10 +91,10 @@ def weight_of(weights: Weights, site: Site) -> Tensor:
 def _module(weights: Weights | None, path: str) -> nn.Module | None:
     """The module at a path, where modules are what was given."""
     if isinstance(weights, nn.Module):
-        found = by_path(weights).get(path)
-        if found is None:
-            raise UseError(f"the base has no module {path!r}{did_you_mean(path, by_path(weights))}")
-        return found
+        try:
+            return weights.get_submodule(path)
+        except AttributeError:
+            raise UseError(f"the base has no module {path!r}{did_you_mean(path, by_path(weights))}") from None
     given = None if weights is None else _given(weights, path)
     return given if isinstance(given, nn.Module) else None
 

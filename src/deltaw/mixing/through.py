@@ -22,7 +22,7 @@ from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Site
 from deltaw.core.state import AdapterState, same_base
 from deltaw.core.text import columns
-from deltaw.methods.full import Full
+from deltaw.methods.full import Full, of_one_shape
 from deltaw.methods.inits import within
 from deltaw.methods.lora import LoRA, plain
 from deltaw.mixing import cut
@@ -215,6 +215,10 @@ def _kept(site: Site, parts: Sequence[Part], copies: dict[Site, Terms]) -> Made 
     if all(isinstance(method, Full) for method in methods):
         copies.setdefault(site, []).extend((s.tensors[site]["copy"].float(), w) for s, w in parts)
         return None
+    if not all(kept(method) for method in methods):
+        raise UseError(
+            "one adapter trains this module itself and another adapts it: take it from one of them, with weights by block"
+        )
     if len(parts) == 1 and weight == 1:
         return methods[0], state.tensors[site], Converted("kept", 0, 0.0)
     return *methods[0].combine([(s.methods[site], s.tensors[site], w) for s, w in parts]), Converted("kept", 0, 0.0)
@@ -222,14 +226,12 @@ def _kept(site: Site, parts: Sequence[Part], copies: dict[Site, Terms]) -> Made 
 
 def _copy(site: Site, terms: Terms, base: Weights | None) -> Tensor:
     """Σ wᵢcᵢ, and where the weights do not sum to 1 the rest of the base's own parameter."""
-    shapes = {tuple(copy.shape) for copy, _ in terms}
-    if len(shapes) > 1:
-        raise UseError(f"the trained copies have different shapes, {' and '.join(map(str, sorted(shapes)))}")
+    of_one_shape([copy for copy, _ in terms])
     whole = torch.stack([w * copy for copy, w in terms]).sum(0) if len(terms) > 1 or terms[0][1] != 1 else terms[0][0]
     rest = 1.0 - sum(w for _, w in terms)
     if abs(rest) <= 1e-6:
         return whole
     try:
-        return whole + rest * parameter(base, site, next(iter(shapes)))
+        return whole + rest * parameter(base, site, tuple(whole.shape))
     except UseError as error:
         raise UseError(f"weights of trained copies sum to {1.0 - rest:g}, not to 1: {error}") from None
