@@ -23,6 +23,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks step --memory
 	$(BIN)/python -m benchmarks step --dropout 0.05 --sides bound,ours,peft,peft_cast
 	$(BIN)/python -m benchmarks lifecycle
+	$(BIN)/python -m benchmarks mix
 	$(BIN)/python -m benchmarks loss
 	$(BIN)/python scripts/make_docs.py
 

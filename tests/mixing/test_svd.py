@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import deltaw
 from deltaw.core.errors import UseError
+from deltaw.core.method import get
 from deltaw.core.state import AdapterState, delta
 from deltaw.methods.lora import LoRA
 from deltaw.mixing import exact, svd
@@ -79,3 +80,99 @@ def test_a_part_of_no_weight_leaves_no_rank() -> None:
     torch.testing.assert_close(
         delta(cut, site, torch.zeros(17, 24)), delta(mine[0], site, torch.zeros(17, 24)), rtol=1e-4, atol=1e-5
     )
+
+
+def test_energy_chooses_the_smallest_ranks() -> None:
+    torch.manual_seed(0)
+    mine = states(nn.Sequential(nn.Linear(24, 17), nn.Linear(17, 20)))
+    whole = exact(mine, WEIGHTS)
+    for energy in (0.5, 0.9, 0.99, 1.0):
+        cut, report = svd(mine, WEIGHTS, energy=energy)
+        for site, spec in whole.specs.items():
+            squares = torch.linalg.svdvals(delta(whole, site, torch.zeros(spec.shape)).double()).square()
+            left = 1 - squares.cumsum(0) / squares.sum()  # of ranks 1, 2, …
+            rank = cut.methods[site].rank  # type: ignore[attr-defined]
+            assert rank == report.sites[site].rank == 1 + int((left > max(1 - energy, 1e-9)).sum())
+            assert report.sites[site].error == pytest.approx(max(0.0, float(left[rank - 1])) ** 0.5, abs=1e-5)
+    capped, report = svd(mine, WEIGHTS, 2, energy=0.99)
+    assert {method.rank for method in capped.methods.values()} == {2} and report.error > 0.1  # type: ignore[attr-defined]
+    full, report = svd(mine, WEIGHTS, "full")
+    assert {method.rank for method in full.methods.values()} == {12} and report.error == 0.0  # type: ignore[attr-defined]
+
+
+def test_a_dora_goes_through_its_change_on_the_base() -> None:
+    """One adapter at weight 1 is itself at full rank; less rank costs what the report says, against Σ wᵢΔWᵢ of all parts."""
+    model = nn.Sequential(nn.Linear(24, 17))
+    weight = model[0].weight.detach().clone()
+    lora = states(model)[0]
+    deltaw.attach(model, get("dora")(rank=3), targets="0", name="dora")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    dora = deltaw.extract(model, "dora")
+    with pytest.raises(UseError, match=r"0: the change of dora depends on the base's weight: give the model.*--model"):
+        svd([dora, lora], [1.0, -0.5], 4)
+    alone, report = svd([dora], [1.0], 17, base=model)
+    torch.testing.assert_close(delta(alone, "0", weight), delta(dora, "0", weight), rtol=1e-4, atol=1e-5)
+    assert report.error < 1e-5
+    wanted = (delta(dora, "0", weight) - 0.5 * delta(lora, "0", weight)).double()
+    for base in (model, {"0": weight}, model.get_submodule):
+        cut, report = svd([dora, lora], [1.0, -0.5], 4, base=base)
+        values = torch.linalg.svdvals(wanted)
+        lost = float(values[4:].square().sum().sqrt() / values.square().sum().sqrt())
+        assert report.error == pytest.approx(lost, rel=1e-3) and 0.01 < lost < 1
+        got = delta(cut, "0", torch.zeros(17, 24)).double()
+        assert float((got - wanted).norm() / wanted.norm()) == pytest.approx(lost, rel=1e-3)
+
+
+def test_scaled_biases_come_along_as_copies() -> None:
+    model, x = nn.Sequential(nn.Linear(24, 17)), torch.randn(5, 24)
+    parts = []
+    for _ in range(2):
+        deltaw.attach(model, get("ia3")(), targets="0", name="one")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.3 * torch.randn_like(parameter))
+        parts.append(deltaw.extract(model, "one"))
+        deltaw.detach(model, "one")
+    for name, part in zip("ab", parts, strict=True):
+        deltaw.insert(model, part, name=name)
+    with deltaw.use(model, {"a": 0.5, "b": -1.5}):
+        live = model(x)
+    for name in "ab":
+        deltaw.detach(model, name)
+    mixed, report = svd(parts, [0.5, -1.5], "full", base=model)
+    assert {str(site): one.how for site, one in report.sites.items()} == {"0": "exact", "0:bias": "kept"}
+    deltaw.insert(model, mixed)
+    torch.testing.assert_close(model(x), live, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sketch_is_near_the_best_and_its_error_is_its_own() -> None:
+    """Of large matrices: within a percent of the discarded energy also where the spectrum hardly falls (TIES)."""
+    from deltaw.mixing import cut
+
+    left, right = torch.randn(1200, 40), torch.randn(40, 1000)
+    low = left @ right / 6
+    for matrix in (low + 0.05 * torch.randn(1200, 1000), torch.where(low.abs() > 1.0, low, 0.0)):
+        values = torch.linalg.svdvals(matrix).double()
+        for rank in (8, 32):
+            made = cut.of_matrix(matrix, rank)
+            best = float(values[rank:].square().sum().sqrt() / values.square().sum().sqrt())
+            true = float((matrix - made.b @ made.a).norm() / matrix.norm())
+            assert best * (1 - 1e-4) <= made.error <= 1.01 * best and made.error == pytest.approx(true, rel=1e-4)
+        energy = float(values[:20].square().sum() / values.square().sum())
+        assert 20 <= cut.of_matrix(matrix, None, energy - 1e-6).rank <= 22
+    assert cut.of_matrix(low, 64).error < 1e-5
+    for matrix in (low, low.T):
+        kept = cut.whole(matrix)
+        assert torch.equal(kept.b @ kept.a, matrix) and kept.rank == 1000
+
+
+def test_a_sum_of_no_change_is_no_error() -> None:
+    (one, *_) = states(nn.Sequential(nn.Linear(8, 8)))
+    gone, report = svd([one, one], [1.0, -1.0], 2)
+    assert float(delta(gone, "0", torch.zeros(8, 8)).norm()) < 1e-5 and report.error <= 1.0
+    with pytest.raises(UseError, match="give the rank to cut the sum at, or the share of energy"):
+        svd([one], [1.0])
+    with pytest.raises(UseError, match="rank full keeps everything"):
+        svd([one], [1.0], "full", energy=0.9)

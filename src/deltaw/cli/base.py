@@ -47,7 +47,7 @@ def load_all(
         raise UseError("give a base with --model, or an adapter with --adapter that names one")
     name = model or base_of_adapter(Path(folders[0][0]))
     if quantize is None:
-        quantize = _quantization({folder: named_quantization(Path(folder), name) for folder, _ in folders})
+        quantize = quantized_as({folder: named_quantization(Path(folder), name) for folder, _ in folders})
     base = load_base(name, dtype=dtype, quantize=quantize)
     route, own = {}, copy.deepcopy(base.tokenizer)
     kept = [read_kept(Path(folder)) for folder, _ in folders]
@@ -63,7 +63,7 @@ def load_all(
     return base, route, own
 
 
-def _quantization(named: dict[str, str]) -> str:
+def quantized_as(named: dict[str, str]) -> str:
     """How to load the base for these adapters: {folder: as it was trained}."""
     from deltaw.core.errors import UseError
 

@@ -151,7 +151,9 @@ class Method:
     def combine(self, parts: Sequence[Part]) -> "tuple[Method, dict[str, Tensor]]":
         """Σ weight · ΔW of several states at one site as one method and its tensors, exact to rounding."""
         names = " + ".join(sorted({type(method).__name__ for method, _, _ in parts}))
-        raise UseError(f"{names} at one site cannot be mixed exactly: the change is not a weighted sum of factors")
+        ranked = all(method.host is WeightHost and not method.follows_ties for method, _, _ in parts)
+        way = "; in a given rank it can (mixing.svd, deltaw mix --rank)" if ranked else ""
+        raise UseError(f"{names} at one site cannot be mixed exactly: the change is not a weighted sum of factors{way}")
 
     def to_dict(self) -> dict[str, Any]:
         """Name, version and the fields that differ from their defaults, ready for JSON."""

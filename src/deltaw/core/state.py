@@ -110,7 +110,7 @@ def combine(states: Sequence[AdapterState], weights: Sequence[float]) -> Adapter
     if found:
         raise faults(UseError, "these adapters cannot be mixed exactly", found)
     specs = {site: spec for state in reversed(states) for site, spec in state.specs.items()}
-    return AdapterState(methods, tensors, specs, base=_same_base(states), meta={})
+    return AdapterState(methods, tensors, specs, base=same_base(states), meta={})
 
 
 def _mixed(parts: Sequence[Part], stack: int | None) -> tuple[Method, Mapping[str, Tensor]]:
@@ -131,7 +131,7 @@ def _each(tensors: Mapping[str, Tensor], stack: int) -> list[dict[str, Tensor]]:
     return [{name: tensor[e] for name, tensor in tensors.items()} for e in range(stack)]
 
 
-def _same_base(states: Sequence[AdapterState]) -> BaseIdentity | None:
+def same_base(states: Sequence[AdapterState]) -> BaseIdentity | None:
     """The base of all states: where one of them makes up for rounding (`Method.corrects`), as that one holds it."""
     bases = [state.base for state in states if state.base is not None]
     for other in bases[1:]:

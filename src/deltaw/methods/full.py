@@ -55,13 +55,25 @@ class Full(Method):
     def combine(self, parts: Sequence[Part]) -> tuple[Method, dict[str, Tensor]]:
         if any(not isinstance(method, Full) for method, _, _ in parts):
             return super().combine(parts)
+        of_one_shape([tensors["copy"] for _, tensors, _ in parts])
         total = sum(weight for _, _, weight in parts)
         if abs(total - 1.0) > 1e-6:
             raise UseError(
                 f"weights of trained copies sum to {total:g}: copies are absolute values, their mix is exact only "
-                "where the weights sum to 1 (mixing.exact([a, b], [w, 1 - w])), or live with use(model, {...})"
+                "where the weights sum to 1 (mixing.exact([a, b], [w, 1 - w])), with the base (mixing.exact(…, base=model), "
+                "deltaw mix --model), or live with use(model, {...})"
             )
         return self, {"copy": torch.stack([tensors["copy"].float() * w for _, tensors, w in parts]).sum(0)}
+
+
+def of_one_shape(copies: Sequence[Tensor]) -> None:
+    """UseError where copies of one parameter have several shapes: heads of different tasks."""
+    shapes = sorted({tuple(copy.shape) for copy in copies})
+    if len(shapes) > 1:
+        raise UseError(
+            f"the trained copies have different shapes, {' and '.join(map(str, shapes))}: take the one of one adapter, "
+            "with weights by block (mixing.blocks, deltaw mix --block NAME=1,0)"
+        )
 
 
 def companions(
