@@ -1,44 +1,151 @@
-"""What is in an adapter, as plain data and as a table: modules, ranks, scales, the size of the change."""
+"""What is in an adapter, as plain data: one record per site, from its factors and, where they are given, the base's weights.
 
-import re
+    without the base   methods, ranks, ‖ΔW‖, effective and stable rank, ranks for 90 and 99 % of the energy, spectrum
+    with the base      ‖ΔW‖ / ‖W‖, amplification; changes that depend on W (DoRA, trained copies); intruders where asked
+
+One weight of the base is held at a time. What needs dense decompositions (changes without factors, intruders) is found
+first by `dense_work` and `intruder_seconds`, which say what it costs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from deltaw.analysis.norms import norms
-from deltaw.core.state import AdapterState
-from deltaw.core.text import columns
+import torch
+from torch import Tensor
 
-COLUMNS = ("module", "method", "rank", "alpha", "scale", "count", "parameters", "norm of change")
+from deltaw.analysis.amplification import Amplification, amplification
+from deltaw.analysis.intruders import intruders, seconds
+from deltaw.analysis.spectrum import Spectrum, directions, mean, of_dense, of_values
+from deltaw.core.adapter import WeightAdapter
+from deltaw.core.change import Singular, independent
+from deltaw.core.errors import UseError
+from deltaw.core.method import Site
+from deltaw.core.state import AdapterState, delta
+
+Weights = Callable[[Site], Tensor]
+"""Site → canonical weight of the base, [out, in, *kernel] (of experts [E, out, in])."""
+SHOWN = 64
+"""Singular values kept of a site."""
+MEASURES = ("effective_rank", "stable_rank", "rank_90", "rank_99")
 
 
-def describe(state: AdapterState) -> list[dict[str, Any]]:
-    """One record per site: site, method, rank, alpha, scale, norm of ΔW (None where it depends on the base), size."""
-    sizes = norms(state)
-    return [
+@dataclass(frozen=True)
+class DenseWork:
+    """Sites whose spectrum needs a dense decomposition, and about how many seconds they take together."""
+
+    sites: frozenset[Site] = frozenset()
+    seconds: float = 0.0
+
+
+def dense_work(state: AdapterState, with_base: bool) -> DenseWork:
+    """The sites of changes that have no factors: with the base all of them, without those that do not depend on it."""
+    found, alone = [], dict[type, bool]()  # what depends on the base at one site does at all
+    for site, method in state.methods.items():
+        if not is_matrix(state, site) or state.factors(site) is not None or not _has_change(state, site):
+            continue
+        if not with_base and type(method) not in alone:
+            alone[type(method)] = independent(state, site) is not None
+        if with_base or alone[type(method)]:
+            found.append(site)
+    return DenseWork(frozenset(found), seconds(state.specs[site].shape for site in found) if found else 0.0)
+
+
+def intruder_seconds(state: AdapterState, count: int) -> float:
+    """About how long `describe` takes to count the intruders of `count` sites at most: two decompositions each."""
+    shapes = [state.specs[site].shape for site in state.methods if is_matrix(state, site)]
+    return 2 * seconds(sorted(shapes, key=lambda shape: -math.prod(shape))[:count]) if count else 0.0
+
+
+def describe(
+    state: AdapterState, weights: Weights | None = None, *, work: DenseWork | None = None, count_intruders: int = 0
+) -> list[dict[str, Any]]:
+    """One record per site: site, method, rank, alpha, scale, parameters, norm, and the measures above; None: not known.
+
+    weights: of the base; `state.specs` are then its shapes. work: dense decompositions to do, of `dense_work`; None: none.
+    count_intruders: of so many sites, those with the largest ‖ΔW‖/‖W‖; needs `weights`. Raises UseError without them.
+    """
+    if count_intruders and weights is None:
+        raise UseError("intruder dimensions are those of W + ΔW: give the base")
+    dense = frozenset[Site]() if work is None else work.sites
+    records = {site: _record(state, site, weights, site in dense) for site in state.methods}
+    if weights is not None:
+        known = [site for site, record in records.items() if record["of_base"] and is_matrix(state, site)]
+        for site in sorted(known, key=lambda s: -records[s]["of_base"])[:count_intruders]:
+            weight = weights(site)
+            found = intruders(weight, delta(state, site, weight))
+            records[site]["intruders"] = {**dataclasses.asdict(found), "places": found.places, "share": found.share}
+    return list(records.values())
+
+
+def _record(state: AdapterState, site: Site, weights: Weights | None, dense: bool) -> dict[str, Any]:
+    method = state.methods[site]
+    record: dict[str, Any] = {
+        "site": str(site), "method": method.name,
+        **{key: getattr(method, key, None) for key in ("rank", "alpha", "scale")},
+        "parameters": sum(tensor.numel() for tensor in state.tensors[site].values()),
+        **dict.fromkeys(("norm", *MEASURES, "spectrum", "energy", "of_base", "amplification", "intruders", "unknown")),
+    }  # fmt: skip
+    svd = directions(state, site)
+    if svd is not None:
+        record |= _measures(of_values(svd.s))
+        return record if weights is None else record | _beside(record["norm"], weights(site), svd)
+    if not _has_change(state, site):
+        return record | {"unknown": "no ΔW of its shape"}
+    weight = None if weights is None else weights(site)
+    change = delta(state, site, weight) if weight is not None else independent(state, site) if dense else None
+    if change is None:
+        return record | {"unknown": "depends on the base"}
+    record["norm"] = float(torch.linalg.vector_norm(change, dtype=torch.float64))
+    record |= _measures(of_dense(change)) if dense else {}
+    return record if weight is None else record | _beside(record["norm"], weight, None)
+
+
+def _measures(each: Sequence[Spectrum]) -> dict[str, Any]:
+    """Of a site's spectrum. Of a stack: the means over its weights, the norm of all, and each by itself beside."""
+    rows = [
         {
-            "site": str(site),
-            "method": method.name,
-            **{key: getattr(method, key, None) for key in ("rank", "alpha", "scale")},
-            "norm": sizes[site],
-            "parameters": sum(tensor.numel() for tensor in state.tensors[site].values()),
+            "norm": one.norm, "effective_rank": one.effective_rank, "stable_rank": one.stable_rank,
+            "rank_90": one.rank(0.9), "rank_99": one.rank(0.99),
         }
-        for site, method in state.methods.items()
-    ]
+        for one in each
+    ]  # fmt: skip
+    spectrum = tuple(math.hypot(*column) for column in zip(*(one.values for one in each), strict=True))
+    found: dict[str, Any] = {"spectrum": spectrum[:SHOWN], "energy": Spectrum(spectrum).energy[:SHOWN]}
+    if len(rows) == 1:
+        return found | rows[0]
+    norm = math.hypot(*(one.norm for one in each))
+    return found | {"norm": norm, **{key: mean([row[key] for row in rows]) for key in MEASURES}, "each": rows}
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """The records as text, equal modules of repeated layers folded into one line."""
-    folded: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for record in records:
-        path = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", record["site"])
-        numbers = (_number(record[key]) for key in ("rank", "alpha", "scale"))
-        folded.setdefault((path, record["method"], *numbers), []).append(record)
-    rows = [COLUMNS]
-    for key, group in folded.items():
-        known = [record["norm"] for record in group if record["norm"] is not None]
-        span = f"{min(known):.3g} … {max(known):.3g}" if known else "depends on the base"
-        rows.append((*key, str(len(group)), f"{sum(record['parameters'] for record in group):,}", span))  # type: ignore[arg-type]
-    return columns(rows)
+def _beside(norm: float, weight: Tensor, svd: Singular | None) -> dict[str, Any]:
+    """The change beside its weight; of a stack the amplification is the mean over its weights that change."""
+    size = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    found: dict[str, Any] = {"of_base": norm / size if size else None}
+    if svd is None or not norm:
+        return found
+    pairs = [(svd, weight)]
+    if svd.s.ndim > 1:
+        pairs = [(Singular(*parts), one) for *parts, one in zip(*svd, weight, strict=True)]
+    each = [amplification(one, w) for one, w in pairs if bool(one.s.any())]
+    fields = [field.name for field in dataclasses.fields(Amplification)]
+    means = {name: mean([getattr(one, name) for one in each]) for name in (*fields, "factor")}
+    return found | {"amplification": means}
 
 
-def _number(value: float | int | None) -> str:
-    return "–" if value is None else f"{value:g}"
+def _has_change(state: AdapterState, site: Site) -> bool:
+    """Is there a ΔW of the weight's own shape? Not of methods beside the weight, nor of rows that it does not have."""
+    spec = state.specs.get(site)
+    if spec is None:
+        return False
+    with torch.device("meta"):  # nothing is drawn or allocated
+        adapter = state.methods[site].build(spec)
+    return isinstance(adapter, WeightAdapter) and not adapter.added
+
+
+def is_matrix(state: AdapterState, site: Site) -> bool:
+    """Is the slot one matrix or convolution, not a stack of them and not a vector?"""
+    spec = state.specs.get(site)
+    return spec is not None and spec.stack is None and (len(spec.shape) == 2 or (spec.linear and len(spec.shape) > 2))

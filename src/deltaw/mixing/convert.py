@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Factors, WeightAdapter
+from deltaw.core.change import decomposed, independent
 from deltaw.core.errors import UseError, faults
 from deltaw.core.host import HostSpec, ParameterHost, host_of
 from deltaw.core.method import Method, Site
@@ -98,7 +99,7 @@ def _site(
     if rank is None:
         raise UseError(f"the change of {method.name} has no low-rank factors: give the rank to cut it at")
     if factors is not None:
-        u, s, vt = _svd_of(factors)
+        u, s, vt = decomposed(factors)
     else:
         u, s, vt = torch.linalg.svd(_change(state, site, weights).flatten(1), full_matrices=False)
     size = min(rank, s.shape[-1])
@@ -156,15 +157,6 @@ def _rank(factors: Factors) -> int:
     return _without_zeros(factors).a.shape[-2]
 
 
-def _svd_of(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of s·B·A without forming it, by a QR of each factor; of every weight of a stack by itself."""
-    a, b, scale = factors
-    q, r = torch.linalg.qr(b)
-    p, t = torch.linalg.qr(a.mT)
-    u, s, vt = torch.linalg.svd(scale * r @ t.mT, full_matrices=False)
-    return q @ u, s, vt @ p.mT
-
-
 def _shaped(a: Tensor, b: Tensor, spec: HostSpec) -> dict[str, Tensor]:
     """[r, fan_in] and [out, r] in the layout of a LoRA on this layer; those of a stack are so already."""
     if spec.stack is not None:
@@ -178,20 +170,14 @@ def _shaped(a: Tensor, b: Tensor, spec: HostSpec) -> dict[str, Tensor]:
 
 def _change(state: AdapterState, site: Site, weights: Weights | None) -> Tensor:
     """ΔW, with the base's weight where it depends on that."""
-    shape = state.specs[site].shape
-    nothing, anything = (delta(state, site, w) for w in (torch.zeros(shape), _any(shape)))
-    apart = float((nothing - anything).norm())
-    if apart <= 1e-3 * float(nothing.norm()) + 3e-7 * float(_any(shape).norm()):
-        return nothing  # whatever W is, and without its rounding
+    alone = independent(state, site)
+    if alone is not None:
+        return alone  # without the rounding of W
     if weights is None:
         raise UseError(
             f"the change of {state.methods[site].name} depends on the base's weight: give the model as weights"
         )
     return delta(state, site, _weight(weights, site))
-
-
-def _any(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def _weight(weights: Weights, site: Site) -> Tensor:
