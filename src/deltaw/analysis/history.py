@@ -7,10 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 TASK = {"CAUSAL_LM": "language model", "SEQ_CLS": "classification", "FEATURE_EXTRACTION": "embedding"}
+MAIN = (
+    "data.train", "adapter.method", "adapter.rank", "adapter.alpha", "adapter.targets", "train.objective", "train.epochs",
+    "train.max_steps", "train.learning_rate", "train.batch_size", "train.gradient_accumulation", "train.seed",
+)  # fmt: skip
+"""Of a recipe, what tells runs apart."""
 
 
-def history(meta: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What it was trained for and how, what was measured, what it was made of, and whatever else is kept."""
+def history(meta: Mapping[str, Any], whole: bool = False) -> list[tuple[str, str]]:
+    """What it was trained for and how, what was measured, what it was made of, and whatever else is kept.
+
+    whole: every setting of the recipe, not the main ones alone.
+    """
     left, found = dict(meta), list[tuple[str, str]]()
     if task := left.pop("task_type", None):
         found.append(("task", TASK.get(task, str(task))))
@@ -19,7 +27,10 @@ def history(meta: Mapping[str, Any]) -> list[tuple[str, str]]:
     if template := left.pop("chat_template", None):
         found.append(("chat template", f"sha256 {str(template)[:12]}…"))
     if recipe := left.pop("recipe", None):
-        found += [("recipe", ", ".join(f"{name} {value}" for name, value in _flat(recipe) if _said(value)))]
+        known = {name: value for name, value in _flat(recipe) if _said(value)}
+        shown = {name: value for name, value in known.items() if whole or name in MAIN} or known
+        more = f", and {len(known) - len(shown)} more" if len(shown) < len(known) else ""
+        found.append(("recipe", ", ".join(f"{name} {_short(value)}" for name, value in shown.items()) + more))
     if metrics := left.pop("metrics", None):
         found += [("measured", ", ".join(f"{name} {_short(value)}" for name, value in _flat(metrics)))]
     parents, weights = left.pop("parents", None) or [], left.pop("weights", None)

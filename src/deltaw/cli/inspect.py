@@ -54,19 +54,21 @@ def inspect(
     stored = directory.open_directory(adapter, allow_pickle=allow_pickle)
     if (intruders or truncate) and base is None:
         raise UseError(f"{'--intruders' if intruders else '--truncate'} looks at the base too: give it with --base")
+    rows = None if truncate is None else _rows(truncate)
     state, weights = on_base(stored.state, base, allow_base_mismatch, adapter)
     if intruders:
         tell(adapter, [f"intruder dimensions: about {lasting(intruder_seconds(state, intruders))}"])
     work = affordable(adapter, state, base is not None, dense)
     records = describe(state, weights, work=work, count_intruders=intruders)
-    cuts = None if truncate is None else _cuts(str(base), adapter, truncate, allow_base_mismatch, allow_pickle)
+    cuts = None if rows is None else _cuts(str(base), adapter, rows, allow_base_mismatch, allow_pickle)
     known = f"{state.base.name} ({state.base.layer})" if state.base else "not recorded"
     known += "" if state.base else f", the file names {stored.base_name or 'none'}"
     about = {"base": known, **dict(history(state.meta))}
+    whole = {"base": known, **dict(history(state.meta, whole=True))}
     head = f"{len(records)} adapters, {state.parameters:,} parameters"
     if html is not None:
         shown = None if cuts is None else {**cuts.to_dict(), "rows": cuts.table}
-        write_page(html, page.inspected(str(adapter), {"adapters": head, **about}, records, shown))
+        write_page(html, page.inspected(str(adapter), {"adapters": head, **whole}, records, shown))
     lines = [table(records), head, *maps(records), *(f"{name}: {text}" for name, text in about.items())]
     lines += [] if cuts is None else [str(cuts)]
     record: dict[str, Any] = {
@@ -137,12 +139,16 @@ def write_page(file: Path, text: str) -> None:
     tell(file, ["written"])
 
 
-def _cuts(base: str, adapter: Path, data: str, allow_base_mismatch: bool, allow_pickle: bool) -> Any:
+def _rows(data: str) -> Any:
     from deltaw.config.schema import Source
     from deltaw.data.rows import read_rows
+
+    return read_rows(Source(path=data))
+
+
+def _cuts(base: str, adapter: Path, rows: Any, allow_base_mismatch: bool, allow_pickle: bool) -> Any:
     from deltaw.infer.truncate import truncation
 
-    rows = read_rows(Source(path=data))
     loaded, _, own = load_all(base, [str(adapter)], "auto", allow_base_mismatch, allow_pickle)
     return truncation(
         loaded.model, loaded.tokenizer, rows, name="adapter0", own=own, max_length=loaded.max_length,

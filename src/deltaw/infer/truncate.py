@@ -111,7 +111,7 @@ def truncation(
         with use(model, route):
             return held_out_loss(model, of, encoded, batch_size)
 
-    before, draft, cuts = live(model), f"{name}, cut", list[Cut]()
+    before, draft, cuts = live(model), f"{name}_cut", list[Cut]()
     say("as it is")
     whole = loss(tokenizer, {name: 1.0})
     for rank in halves(highest(state)):
