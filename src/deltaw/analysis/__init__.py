@@ -10,7 +10,7 @@ phi, phis, by_chance     subspace similarity and its random baseline
 
 from deltaw.analysis.amplification import Amplification, amplification
 from deltaw.analysis.comparison import Comparison, compare
-from deltaw.analysis.describe import DenseWork, dense_work, describe
+from deltaw.analysis.describe import Work, costly, describe
 from deltaw.analysis.history import history
 from deltaw.analysis.intruders import Intruders, intruders
 from deltaw.analysis.norms import norm, norms
@@ -19,7 +19,7 @@ from deltaw.analysis.spectrum import Spectrum, directions, spectra
 from deltaw.analysis.tables import table
 
 __all__ = [
-    "Amplification", "Comparison", "DenseWork", "Intruders", "Spectrum",
-    "amplification", "by_chance", "compare", "cosine", "dense_work", "describe", "directions", "history", "inner",
+    "Amplification", "Comparison", "Intruders", "Spectrum", "Work",
+    "amplification", "by_chance", "compare", "cosine", "costly", "describe", "directions", "history", "inner",
     "intruders", "norm", "norms", "phi", "phis", "spectra", "table",
 ]  # fmt: skip

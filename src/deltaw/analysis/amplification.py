@@ -41,7 +41,7 @@ class Amplification:
 def amplification(svd: Singular, weight: Tensor, rank: int | None = None) -> Amplification:
     """svd: of ΔW, u [out, k], s [k], vt [k, fan_in]; weight: [out, in, *kernel]; rank: r ≤ k, all above rounding by default.
 
-    Costs r products with W, and a sketch of r + 8 directions of it. No dense decomposition above `EXACT`.
+    Costs r products with W, and a sketch of r + 16 directions of it. No dense decomposition above `EXACT`.
     """
     w = weight.detach().flatten(1).float()  # [out, fan_in]
     there = int((svd.s > ROUNDING * svd.s[0]).sum())
@@ -57,8 +57,8 @@ def amplification(svd: Singular, weight: Tensor, rank: int | None = None) -> Amp
 def largest(weight: Tensor, rank: int) -> Tensor:
     """The first `rank` singular values of a weight [out, in], descending: exact, or by a seeded sketch (Halko et al. 2011)."""
     small = min(weight.shape)
-    if small <= EXACT or rank + 8 >= small:
+    if small <= EXACT or rank + 16 >= small:
         return torch.linalg.svdvals(weight)[:rank]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return torch.svd_lowrank(weight, q=rank + 8, niter=2)[1][:rank]
+        return torch.svd_lowrank(weight, q=rank + 16, niter=3)[1][:rank]

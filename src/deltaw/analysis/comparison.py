@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.analysis.describe import DenseWork, Weights, is_matrix
+from deltaw.analysis.describe import Weights, Work, decomposed_cheaply, is_matrix
 from deltaw.analysis.layers import folded
 from deltaw.analysis.similarity import by_chance, inner, phi, phis
-from deltaw.analysis.spectrum import directions, mean, of_values
+from deltaw.analysis.spectrum import mean, of_values
 from deltaw.analysis.tables import number, span
 from deltaw.core.change import Singular, independent
 from deltaw.core.errors import UseError, faults
@@ -61,10 +61,10 @@ class Comparison:
 
 def compare(
     a: AdapterState, b: AdapterState, weights: tuple[Weights, Weights] | None = None, *,
-    work: tuple[DenseWork | None, DenseWork | None] = (None, None), top: int = 4,
+    work: tuple[Work | None, Work | None] = (None, None), top: int = 4,
 ) -> Comparison:  # fmt: skip
-    """Compare two states. weights: of their base as each sees it, for changes that depend on it; work: `dense_work` of each,
-    where those without factors are to be decomposed. top: how many first directions are compared beside all of them.
+    """Compare two states. weights: of their base as each sees it, for changes that depend on it; work: `costly` of each,
+    where those that take long are to be decomposed. top: how many first directions are compared beside all of them.
 
     Raises UseError where nothing is adapted by both, or a site is of two shapes.
     """
@@ -94,16 +94,17 @@ def compare(
     return Comparison(sites, *only, left_out, top)
 
 
-def _each(state: AdapterState, site: Site, weights: Weights | None, work: DenseWork | None) -> list[Singular] | str:
+def _each(state: AdapterState, site: Site, weights: Weights | None, work: Work | None) -> list[Singular] | str:
     """ΔW of the site as its decompositions, one for each weight of a stack; or why there is none."""
-    svd = directions(state, site)
+    svd, name = decomposed_cheaply(state, site, work), state.methods[site].name
     if svd is not None:
         return [svd] if svd.s.ndim == 1 else [Singular(*parts) for parts in zip(*svd, strict=True)]
-    name = state.methods[site].name
+    if state.factors(site) is not None:
+        return f"{name}: takes long, and was not asked for"
     if not is_matrix(state, site):
         return f"{name}: no matrix"
     if work is None:
-        return f"{name}: has no factors, and its dense decomposition was not asked for"
+        return f"{name}: takes long, and was not asked for"
     if site not in work.sites:
         return f"{name}: has no ΔW of its shape" if weights is not None else f"{name}: depends on the base"
     change = delta(state, site, weights(site)) if weights is not None else independent(state, site)

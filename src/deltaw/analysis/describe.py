@@ -3,8 +3,8 @@
     without the base   methods, ranks, ‖ΔW‖, effective and stable rank, ranks for 90 and 99 % of the energy, spectrum
     with the base      ‖ΔW‖ / ‖W‖, amplification; changes that depend on W (DoRA, trained copies); intruders where asked
 
-One weight of the base is held at a time. What needs dense decompositions (changes without factors, intruders) is found
-first by `dense_work` and `intruder_seconds`, which say what it costs.
+One weight of the base is held at a time. What takes long (decompositions of changes without factors or with wide ones,
+intruders) is found first by `costly` and `intruder_seconds`, which say how long.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deltaw.analysis.amplification import Amplification, amplification
 from deltaw.analysis.intruders import intruders, seconds
+from deltaw.analysis.norms import norm
 from deltaw.analysis.spectrum import Spectrum, directions, mean, of_dense, of_values
 from deltaw.core.adapter import WeightAdapter
 from deltaw.core.change import Singular, independent
@@ -27,30 +28,48 @@ from deltaw.core.state import AdapterState, delta
 
 Weights = Callable[[Site], Tensor]
 """Site → canonical weight of the base, [out, in, *kernel] (of experts [E, out, in])."""
+WIDE = 64
+"""Factors of so many ranks are decomposed whatever the number of sites: some milliseconds each."""
 SHOWN = 64
 """Singular values kept of a site."""
 MEASURES = ("effective_rank", "stable_rank", "rank_90", "rank_99")
 
 
 @dataclass(frozen=True)
-class DenseWork:
-    """Sites whose spectrum needs a dense decomposition, and about how many seconds they take together."""
+class Work:
+    """Sites whose decomposition takes long, and about how many seconds they take together."""
 
     sites: frozenset[Site] = frozenset()
     seconds: float = 0.0
 
 
-def dense_work(state: AdapterState, with_base: bool) -> DenseWork:
-    """The sites of changes that have no factors: with the base all of them, without those that do not depend on it."""
-    found, alone = [], dict[type, bool]()  # what depends on the base at one site does at all
+def costly(state: AdapterState, with_base: bool) -> Work:
+    """Sites with factors of more than `WIDE` ranks, and those without: with the base all, else what does not depend on it."""
+    found, alone = (
+        dict[Site, list[tuple[int, ...]]](),
+        dict[type, bool](),
+    )  # what depends on the base at one site does at all
     for site, method in state.methods.items():
-        if not is_matrix(state, site) or state.factors(site) is not None or not _has_change(state, site):
+        factors = state.factors(site)
+        if factors is not None:
+            *stack, r, fan_in = factors.a.shape
+            if r > WIDE:
+                found[site] = [(factors.b.shape[-2] + fan_in, r)] * math.prod(stack)
+            continue
+        if not is_matrix(state, site) or not _has_change(state, site):
             continue
         if not with_base and type(method) not in alone:
             alone[type(method)] = independent(state, site) is not None
         if with_base or alone[type(method)]:
-            found.append(site)
-    return DenseWork(frozenset(found), seconds(state.specs[site].shape for site in found) if found else 0.0)
+            found[site] = [state.specs[site].shape]
+    return Work(frozenset(found), seconds(shape for shapes in found.values() for shape in shapes) if found else 0.0)
+
+
+def decomposed_cheaply(state: AdapterState, site: Site, work: Work | None) -> Singular | None:
+    """ΔW from its factors, where it has some and they are few, or `work` holds the site."""
+    factors = state.factors(site)
+    few = factors is not None and factors.a.shape[-2] <= WIDE
+    return directions(state, site) if few or (factors is not None and work is not None and site in work.sites) else None
 
 
 def intruder_seconds(state: AdapterState, count: int) -> float:
@@ -60,17 +79,16 @@ def intruder_seconds(state: AdapterState, count: int) -> float:
 
 
 def describe(
-    state: AdapterState, weights: Weights | None = None, *, work: DenseWork | None = None, count_intruders: int = 0
+    state: AdapterState, weights: Weights | None = None, *, work: Work | None = None, count_intruders: int = 0
 ) -> list[dict[str, Any]]:
     """One record per site: site, method, rank, alpha, scale, parameters, norm, and the measures above; None: not known.
 
-    weights: of the base; `state.specs` are then its shapes. work: dense decompositions to do, of `dense_work`; None: none.
+    weights: of the base; `state.specs` are then its shapes. work: long decompositions to do, of `costly`; None: none.
     count_intruders: of so many sites, those with the largest ‖ΔW‖/‖W‖; needs `weights`. Raises UseError without them.
     """
     if count_intruders and weights is None:
         raise UseError("intruder dimensions are those of W + ΔW: give the base")
-    dense = frozenset[Site]() if work is None else work.sites
-    records = {site: _record(state, site, weights, site in dense) for site in state.methods}
+    records = {site: _record(state, site, weights, work) for site in state.methods}
     if weights is not None:
         known = [site for site, record in records.items() if record["of_base"] and is_matrix(state, site)]
         for site in sorted(known, key=lambda s: -records[s]["of_base"])[:count_intruders]:
@@ -80,7 +98,7 @@ def describe(
     return list(records.values())
 
 
-def _record(state: AdapterState, site: Site, weights: Weights | None, dense: bool) -> dict[str, Any]:
+def _record(state: AdapterState, site: Site, weights: Weights | None, work: Work | None) -> dict[str, Any]:
     method = state.methods[site]
     record: dict[str, Any] = {
         "site": str(site), "method": method.name,
@@ -88,18 +106,20 @@ def _record(state: AdapterState, site: Site, weights: Weights | None, dense: boo
         "parameters": sum(tensor.numel() for tensor in state.tensors[site].values()),
         **dict.fromkeys(("norm", *MEASURES, "spectrum", "energy", "of_base", "amplification", "intruders", "unknown")),
     }  # fmt: skip
-    svd = directions(state, site)
-    if svd is not None:
-        record |= _measures(of_values(svd.s))
+    factors = state.factors(site)
+    if factors is not None:
+        svd = decomposed_cheaply(state, site, work)
+        record |= {"norm": norm(factors)} if svd is None else _measures(of_values(svd.s))
         return record if weights is None else record | _beside(record["norm"], weights(site), svd)
     if not _has_change(state, site):
-        return record | {"unknown": "no ΔW of its shape"}
+        return record | {"unknown": "no ΔW of its shape" if site in state.specs else "its shape is not known"}
+    wanted = work is not None and site in work.sites
     weight = None if weights is None else weights(site)
-    change = delta(state, site, weight) if weight is not None else independent(state, site) if dense else None
+    change = delta(state, site, weight) if weight is not None else independent(state, site) if wanted else None
     if change is None:
-        return record | {"unknown": "depends on the base"}
+        return record | {"unknown": "no factors" if work is None else "depends on the base"}
     record["norm"] = float(torch.linalg.vector_norm(change, dtype=torch.float64))
-    record |= _measures(of_dense(change)) if dense else {}
+    record |= _measures(of_dense(change)) if wanted else {}
     return record if weight is None else record | _beside(record["norm"], weight, None)
 
 
@@ -116,15 +136,18 @@ def _measures(each: Sequence[Spectrum]) -> dict[str, Any]:
     found: dict[str, Any] = {"spectrum": spectrum[:SHOWN], "energy": Spectrum(spectrum).energy[:SHOWN]}
     if len(rows) == 1:
         return found | rows[0]
-    norm = math.hypot(*(one.norm for one in each))
-    return found | {"norm": norm, **{key: mean([row[key] for row in rows]) for key in MEASURES}, "each": rows}
+    return found | {
+        "norm": math.hypot(*(one.norm for one in each)),
+        **{key: mean([row[key] for row in rows]) for key in MEASURES},
+        "each": rows,
+    }
 
 
-def _beside(norm: float, weight: Tensor, svd: Singular | None) -> dict[str, Any]:
+def _beside(size_of_change: float, weight: Tensor, svd: Singular | None) -> dict[str, Any]:
     """The change beside its weight; of a stack the amplification is the mean over its weights that change."""
     size = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-    found: dict[str, Any] = {"of_base": norm / size if size else None}
-    if svd is None or not norm:
+    found: dict[str, Any] = {"of_base": size_of_change / size if size else None}
+    if svd is None or not size_of_change:
         return found
     pairs = [(svd, weight)]
     if svd.s.ndim > 1:

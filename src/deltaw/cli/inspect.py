@@ -16,13 +16,16 @@ Base = Annotated[
     ),
 ]
 Dense = Annotated[
-    bool, typer.Option("--dense", help="Decompose changes without factors however long that takes (default: a minute).")
+    bool,
+    typer.Option(
+        "--dense", help="Decompose changes of high rank, or of none, however long that takes (default: up to a minute)."
+    ),
 ]
 Html = Annotated[
     Path | None, typer.Option("--html", help="Write a page with figures to this file.", show_default=False)
 ]
 PATIENCE = 60.0
-"""Seconds of dense decompositions that nobody has to ask for."""
+"""Seconds of decompositions that nobody has to ask for."""
 
 
 @app.command()
@@ -103,13 +106,13 @@ def on_base(state: Any, base: str | None, allow_base_mismatch: bool, adapter: Pa
 
 
 def affordable(adapter: Path, state: Any, with_base: bool, dense: bool) -> Any:
-    """The dense decompositions to do; None, and a note, where they would take long and nobody asked for them."""
-    from deltaw.analysis.describe import dense_work
+    """The long decompositions to do; None, and a note, where they would take long and nobody asked for them."""
+    from deltaw.analysis.describe import costly
 
-    work = dense_work(state, with_base)
+    work = costly(state, with_base)
     if work.seconds <= PATIENCE:
         return work
-    said = f"spectra of {len(work.sites)} changes without factors: about {lasting(work.seconds)}"
+    said = f"spectra of {len(work.sites)} changes of no or high rank: about {lasting(work.seconds)}"
     tell(adapter, [said if dense else f"{said}, left out: ask for them with --dense"])
     return work if dense else None
 
