@@ -16,6 +16,7 @@ from deltaw.cli import (  # noqa: F401  the verbs
     adapters,
     advise,
     chat,
+    compare,
     doctor,
     evaluate,
     generate,

@@ -4,11 +4,11 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from deltaw.core.html import document, table
 from deltaw.data.dataset import DataReport
 from deltaw.data.encode import Encoded
 from deltaw.data.preflight import Check
 from deltaw.data.preview import Piece, pieces
-from deltaw.runs.report import STYLE
 
 MOST = 600
 """Tokens shown of a row: a longer one loses its middle."""
@@ -42,27 +42,15 @@ def page(
     sources = [("source", "form", "rows", "weight")]
     sources += [(part.source, part.form, f"{part.rows:,}", f"{part.weight:g}") for part in report.parts]
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    name = html.escape(title)
-    return "\n".join([
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name} · deltaw plan</title>',
-        f"<style>{STYLE}\n{OWN_STYLE}</style>", f"<h1>{name}</h1>",
+    return document(title, [
         "<h2>Checks</h2>", _checks(checks),
-        "<h2>Sources</h2>", _table(sources, head=True), "<h2>Rows</h2>", _table(facts.items()),
+        "<h2>Sources</h2>", table(sources, head=True), "<h2>Rows</h2>", table(facts.items()),
         "<h2>Lengths</h2>", _bars(report.histogram),
         '<h2>Rows as the model sees them</h2><p>On green: what is learnt. Violet: special tokens. Every token begins '
         "with a line; its number is under the mouse.</p>",
         *(_row(row, tokenizer, special) for row in rows),
-        "<h2>What is trained</h2>", f"<pre>{html.escape(plan)}</pre>", "</html>",
-    ]) + "\n"  # fmt: skip
-
-
-def _table(rows: Iterable[Sequence[str]], head: bool = False) -> str:
-    lines = []
-    for number, row in enumerate(rows):
-        kinds = ["th"] * len(row) if head and not number else ["th" if not head else "td", *["td"] * (len(row) - 1)]
-        cells = (f"<{kind}>{html.escape(cell)}</{kind}>" for kind, cell in zip(kinds, row, strict=True))
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+        "<h2>What is trained</h2>", f"<pre>{html.escape(plan)}</pre>",
+    ], "plan", OWN_STYLE)  # fmt: skip
 
 
 def _checks(checks: Sequence[Check]) -> str:

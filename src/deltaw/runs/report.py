@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
+from deltaw.core.html import document, facts, table
 from deltaw.runs.diagnosis import Finding
 from deltaw.runs.directory import RunDirectory
 from deltaw.runs.summary import summarise
 
 WIDTH, HEIGHT, MARGIN = 720, 280, 44
 Points = Sequence[tuple[float, float]]
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:760px;margin:2em auto;padding:0 1em;color:#1b1f24}
-table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.3em .6em;text-align:left;vertical-align:top}
-pre{background:#f6f8fa;padding:1em;overflow:auto}svg text{font:12px system-ui,sans-serif;fill:#57606a}"""
 
 
 def html_report(run: RunDirectory) -> str:
@@ -23,7 +21,7 @@ def html_report(run: RunDirectory) -> str:
     steps = [(event["step"], event["loss"]) for event in run.events("step")]
     evals = [(event["step"], event["loss"]) for event in run.events("eval")]
     start = next(iter(run.events("start")), {})
-    facts = {
+    known = {
         "state": s.state, "steps": f"{s.step} of {s.steps}", "base": plan.get("base"), "method": plan.get("method"),
         "trainable": f"{s.trainable:,} of {plan.get('base_parameters', 0):,}", "rows": plan.get("rows"),
         "held-out rows": plan.get("held_out"), "seconds": round(s.seconds, 1), "peak memory": f"{s.peak_memory / 1e9:.2f} GB",
@@ -32,7 +30,7 @@ def html_report(run: RunDirectory) -> str:
         **{f"loss, {name}": f"{value:.4f}" for name, value in s.losses.items()}, **_general(s.general),
         **{name: f"{value:.4f}" for name, value in s.scores.items()},
     }  # fmt: skip
-    parts = [f"<h1>{html.escape(str(run.path.name))}</h1>", _table(facts), "<h2>Loss</h2>", curves(steps, evals)]
+    parts = [facts(known), "<h2>Loss</h2>", curves(steps, evals)]
     parts += ["<h2>Diagnosis</h2>", _findings(s.findings)]
     samples = run.samples()
     if samples:
@@ -43,10 +41,8 @@ def html_report(run: RunDirectory) -> str:
     )
     settings = yaml.safe_dump(run.config(), sort_keys=False, allow_unicode=True)
     parts += ["<h2>Settings</h2>", f"<pre>{html.escape(settings)}</pre>"]
-    parts += ["<h2>Environment</h2>", _table(start.get("environment", {}))]
-    title = html.escape(f"{run.path.name} · deltaw")
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    return "\n".join([head, *parts, "</html>"]) + "\n"
+    parts += ["<h2>Environment</h2>", facts(start.get("environment", {}))]
+    return document(str(run.path.name), parts)
 
 
 def curves(steps: Points, evals: Points) -> str:
@@ -92,9 +88,7 @@ def _general(losses: Mapping[str, float]) -> dict[str, str]:
 
 def _findings(findings: Sequence[Finding]) -> str:
     rows = [(one.name.replace("_", " "), one.verdict, one.evidence, one.next) for one in findings]
-    head = "<tr><th>question</th><th>verdict</th><th>evidence</th><th>next</th></tr>"
-    lines = ("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>{head}{''.join(lines)}</table>"
+    return table([("question", "verdict", "evidence", "next"), *rows], head=True)
 
 
 def _beside(name: str, measured: float | None, predicted: float | None, unit: float, said: str) -> dict[str, str]:
@@ -105,19 +99,13 @@ def _beside(name: str, measured: float | None, predicted: float | None, unit: fl
     return {name: f"{measured / unit:,.3g} {said}{more}"}
 
 
-def _table(rows: dict[str, object]) -> str:
-    lines = (f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
-    return f"<table>{''.join(lines)}</table>"
-
-
 def _answers(samples: dict[str, list[dict[str, object]]]) -> str:
-    rows = ["<tr><th>prompt</th><th>first</th><th>last</th><th>wanted</th></tr>"]
+    rows = [("prompt", "first", "last", "wanted")]
     for before, after in list(zip(samples["first"], samples["last"], strict=True))[:20]:
         wanted = (
             json.dumps(after["references"], ensure_ascii=False)
-            if len(after["references"]) > 1
-            else after["references"][0]
-        )  # type: ignore[arg-type, index]
-        cells = (after["prompt"], before["answer"], after["answer"], wanted)
-        rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
-    return f"<table>{''.join(rows)}</table>"
+            if len(after["references"]) > 1  # type: ignore[arg-type]
+            else after["references"][0]  # type: ignore[index]
+        )
+        rows.append(tuple(map(str, (after["prompt"], before["answer"], after["answer"], wanted))))  # type: ignore[arg-type]
+    return table(rows, head=True)

@@ -1,0 +1,134 @@
+"""Subspace similarity and cosines: what is equal is 1, what is random is as chance says, gauges do not matter."""
+
+import pytest
+import torch
+
+from deltaw.analysis import by_chance, compare, cosine, directions, inner, phi, phis
+from deltaw.core.errors import UseError
+from deltaw.core.method import Site
+from deltaw.core.state import AdapterState, delta
+from deltaw.methods.dora import DoRA
+from deltaw.methods.loha import LoHa
+from deltaw.methods.lora import LoRA
+from tests.analysis.made import attached, lora, orthonormal, small
+
+
+def test_a_space_is_its_own_and_orthogonal_spaces_share_nothing() -> None:
+    basis = orthonormal(50, 8)
+    turned = basis[:, :4] @ orthonormal(4, 4, 7)
+    assert phi(basis[:, :4], basis[:, :4]) == pytest.approx(1) and phi(basis[:, :4], turned) == pytest.approx(1)
+    assert phi(basis[:, :4], basis[:, 4:]) == pytest.approx(0, abs=1e-12)
+    assert phi(basis[:, :2], basis) == pytest.approx(1)  # the smaller one lies within
+    assert phi(basis[:, :3], orthonormal(50, 6, 3)) == pytest.approx(phi(orthonormal(50, 6, 3), basis[:, :3]))
+
+
+def test_phis_are_phi_of_all_beginnings() -> None:
+    u, v = orthonormal(20, 3), orthonormal(20, 5, 1)
+    table = phis(u, v)
+    assert table.shape == (3, 5)
+    for i in range(3):
+        for j in range(5):
+            assert float(table[i, j]) == pytest.approx(phi(u[:, : i + 1], v[:, : j + 1]))
+
+
+@pytest.mark.parametrize(("i", "j", "d"), [(1, 1, 12), (4, 16, 64), (6, 3, 40)])
+def test_chance_is_what_random_spaces_have(i: int, j: int, d: int) -> None:
+    found = [phi(orthonormal(d, i, seed), orthonormal(d, j, 5000 + seed)) for seed in range(400)]
+    mean, spread = torch.tensor(found).mean(), torch.tensor(found).std() / 20
+    assert abs(float(mean) - by_chance(i, j, d)) < 4 * float(spread)
+    assert by_chance(4, 16, 256) == 0.0625
+
+
+def test_inner_products_are_those_of_the_matrices() -> None:
+    one, other = (attached(small(), LoRA(rank=r, alpha=5), seed=r) for r in (2, 4))
+    for site in one.methods:
+        a, b = (delta(s, site, torch.zeros(s.specs[site].shape)).double() for s in (one, other))
+        x, y = directions(one, site), directions(other, site)
+        assert x is not None and y is not None
+        assert inner(x, y) == pytest.approx(float((a * b).sum()), rel=1e-5, abs=1e-6)
+        assert cosine(x, y) == pytest.approx(float((a * b).sum() / a.norm() / b.norm()), rel=1e-5, abs=1e-7)
+        assert cosine(x, x) == pytest.approx(1)
+
+
+def test_an_adapter_beside_itself_and_its_double() -> None:
+    state = attached(small(), LoRA(rank=3, alpha=6))
+    same, twice, against = compare(state, state), compare(state, 2 * state), compare(state, -1.0 * state)
+    assert same.cosine == pytest.approx(1) and same.ratio == pytest.approx(1)
+    assert twice.cosine == pytest.approx(1) and twice.ratio == pytest.approx(2, rel=1e-5)
+    assert against.cosine == pytest.approx(-1, rel=1e-5)
+    for found in (same, twice, against):
+        for record in found.sites:
+            for side in ("left", "right"):
+                assert record[side]["all"]["phi"] == pytest.approx(1, abs=1e-5)
+    assert "only in" not in str(same)
+
+
+def test_other_factors_of_the_same_change() -> None:
+    """B·M and M⁻¹·A are other tensors and the same ΔW: comparing tensors would call them strangers."""
+    state = attached(small(), LoRA(rank=3, alpha=6))
+    tensors = {}
+    for site, group in state.tensors.items():
+        turn = torch.randn(3, 3)
+        tensors[site] = {"lora_A": torch.linalg.solve(turn, group["lora_A"]), "lora_B": group["lora_B"] @ turn}
+    found = compare(state, AdapterState(state.methods, tensors, state.specs))
+    assert found.cosine == pytest.approx(1, abs=1e-4) and all(
+        r["right"]["all"]["phi"] == pytest.approx(1, abs=1e-4) for r in found.sites
+    )
+
+
+def test_strangers_share_what_chance_gives() -> None:
+    parts = [
+        [lora(orthonormal(96, 6, s), (5.0, 4.0, 3.0, 2.0, 1.5, 1.0), orthonormal(64, 6, s + 1), f"layers.{n}.q")
+         for n, s in enumerate(range(start, start + 60, 2))]
+        for start in (0, 10_000)
+    ]  # fmt: skip
+    one, other = (
+        AdapterState(
+            *({k: v for s in states for k, v in getattr(s, name).items()} for name in ("methods", "tensors", "specs"))
+        )
+        for states in parts
+    )
+    found = compare(one, other, top=2)
+    for side, d in (("left", 96), ("right", 64)):
+        for which, k in (("top", 2), ("all", 6)):
+            share = found.share(side, which)
+            assert share is not None
+            assert share[1] == pytest.approx(k / d) and share[0] == pytest.approx(k / d, rel=0.35)
+    assert abs(found.cosine or 1) < 0.05
+
+
+def test_modules_of_only_one_are_listed_and_shapes_must_agree() -> None:
+    u, v = orthonormal(12, 2), orthonormal(10, 2, 1)
+    one, other = lora(u, (2.0, 1.0), v, "layers.0.q"), lora(u, (2.0, 1.0), v, "layers.0.v")
+    with pytest.raises(UseError, match="no module is adapted by both"):
+        compare(one, other)
+    found = compare(one + other, one)
+    assert found.only_a == ["layers.0.v"] and not found.only_b and "only in A: layers.*.v (1 modules)" in str(found)
+    wide = lora(orthonormal(14, 2), (2.0, 1.0), v, "layers.0.q")
+    with pytest.raises(UseError, match=r"different shapes.*layers.0.q: 12×10 and 14×10"):
+        compare(one, wide)
+
+
+def test_a_change_of_nothing_has_no_direction() -> None:
+    state = lora(orthonormal(12, 2), (0.0, 0.0), orthonormal(10, 2, 1))
+    found = compare(state, lora(orthonormal(12, 2), (1.0, 1.0), orthonormal(10, 2, 1)))
+    assert found.sites[0]["cosine"] is None and found.sites[0]["left"] is None and found.cosine is None
+    assert "–" in str(found)
+
+
+def test_methods_without_factors() -> None:
+    from deltaw.analysis import costly
+
+    model = small()
+    loha, dora = attached(model, LoHa(rank=5)), attached(model, DoRA(rank=2))
+    found = compare(loha, loha, work=(costly(loha, False),) * 2)
+    assert found.cosine == pytest.approx(1) and not found.left_out
+    bare = compare(dora, dora, work=(costly(dora, False),) * 2)
+    assert not bare.sites and set(bare.left_out.values()) == {"dora: depends on the base"}
+    assert "not compared, dora: depends on the base: 2 modules" in str(bare)
+
+    def weights(site: Site) -> torch.Tensor:
+        return model[int(site.path)].weight.detach()
+
+    based = compare(dora, dora, (weights, weights), work=(costly(dora, True),) * 2)
+    assert based.cosine == pytest.approx(1) and len(based.sites) == 2
