@@ -17,6 +17,7 @@ from deltaw.cli import (  # noqa: F401  the verbs
     chat,
     doctor,
     evaluate,
+    export,
     generate,
     inspect,
     merge,
