@@ -53,8 +53,9 @@ def export(
     import dataclasses
 
     from deltaw.core.errors import UseError
-    from deltaw.ship import acceptance, engines, look
+    from deltaw.ship import acceptance, engines
     from deltaw.ship.export import export as write
+    from deltaw.ship.look import look
 
     asked = engine or []
     engines.known(asked)
@@ -73,9 +74,9 @@ def export(
     opinions = []
     if check or asked:
         folder = output or adapter
-        base, remark = look.look_at(folder, model)
-        tell(folder, [remark] if remark and output is None else [])
-        opinions = engines.check(acceptance.read_facts(folder, base, allow_pickle=allow_pickle), asked)
+        seen = look(folder, model)
+        tell(folder, [seen.remark] if seen.remark and output is None else [])
+        opinions = engines.check(acceptance.read_facts(folder, seen.base, allow_pickle=allow_pickle), asked)
         record["engines"] = {one.engine: {**dataclasses.asdict(one), "takes": one.takes} for one in opinions}
         texts.append(acceptance.table(opinions))
     show(record, as_json, "\n\n".join(texts))

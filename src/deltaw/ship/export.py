@@ -34,23 +34,26 @@ from deltaw.formats.peft import to_peft
 from deltaw.formats.weights import read_tensors
 from deltaw.mixing.convert import Conversion, Converted, to_lora
 from deltaw.models.adapters import layout
-from deltaw.models.base import load_base, outline
-from deltaw.ship import look, portable, readback
+from deltaw.models.base import load_base
+from deltaw.ship import portable, readback
+from deltaw.ship.look import Seen, look
 
 MANIFEST = "lora_manifest.json"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a profile may be asked for, and the base where there is one."""
+    """What a profile may be asked for, and where the adapter and its base are."""
 
+    adapter: Path
+    model: str | None = None
+    """The base, where it is given."""
     rank: int | None = None
     """R of the file; modules of a higher rank are cut to it."""
     max_rank: int | None = None
     """No rank above this: what is larger is cut."""
-    dtype: torch.dtype | None = None
+    dtype: str | None = None
     fill: bool = True
-    base: str | None = None
     allow_base_mismatch: bool = False
 
     @property
@@ -58,13 +61,12 @@ class Options:
         return self.rank if self.rank is not None else self.max_rank
 
     @functools.cached_property
-    def outline(self) -> nn.Module | None:
-        """The base without its weights."""
-        return None if self.base is None else outline(self.base)
+    def seen(self) -> Seen:
+        return look(self.adapter, self.model)
 
     @functools.cached_property
     def layout(self) -> Layout | None:
-        return None if self.outline is None else layout(self.outline)
+        return None if self.seen.outline is None else layout(self.seen.outline)
 
 
 @dataclass(frozen=True)
@@ -103,58 +105,61 @@ def export(
     fp16 or fp32, of portable. fill: add zeros for missing modules and layers (portable). UseError for what the profile
     cannot hold, MergeError where the file read back is not the adapter: nothing is left behind then.
     """
-    source, target = Path(adapter), Path(output)
+    target, options = Path(output), Options(Path(adapter), model, rank, max_rank, dtype, fill, allow_base_mismatch)
     must_be_free(target)
-    options = _options(profile, rank, max_rank, dtype, fill, allow_base_mismatch)
-    stored = directory.open_directory(source, allow_pickle=allow_pickle)
-    if profile == "portable":
-        portable.refuse(portable.unportable(stored.state))
-    base, remark = (look.needed(source, model), None) if profile == "portable" and fill else look.name_of(source, model)
-    options = dataclasses.replace(options, base=base)
+    _possible(profile, options)
+    stored = directory.open_directory(adapter, allow_pickle=allow_pickle)
     _does_something(stored.state)
     state = dataclasses.replace(stored.state, meta={**stored.state.meta, "parents": [stored.digest]})
     with whole_folder(target) as draft:
         done = PROFILES[profile](state, draft, options)
-        for name, text in read_kept(source).files.items():
+        for name, text in read_kept(options.adapter).files.items():
             write_text(draft / name, text)
-        write_text(draft / MANIFEST, _manifest(done, draft, stored, base))
-    remarks = (*stored.notes, *([] if remark is None else [remark]), *done.remarks)
-    return dataclasses.replace(done, path=target, remarks=remarks)
+        write_text(draft / MANIFEST, _manifest(done, draft, stored))
+    return dataclasses.replace(done, path=target, remarks=(*stored.notes, *_trained_quantized(state), *done.remarks))
 
 
 def _portable(state: AdapterState, folder: Path, options: Options) -> Exported:
     """One rank, scale 1, complete layers."""
-    assert options.dtype is not None
-    linear, remarks = None, []
-    if options.outline is not None:
-        linear = look.base_of(options.outline).linear
+    portable.refuse(portable.unportable(state))
+    seen, linear = options.seen, None if options.seen.base is None else options.seen.base.linear
+    remarks = [] if seen.remark is None else [seen.remark]
+    if linear is None and options.fill:
+        raise UseError(
+            f"which modules and layers of its base the adapter lacks is not known: {seen.remark}; its config is enough. "
+            "Or export what is there, with --no-fill"
+        )
+    if linear is not None:
         old, new = portable.beginning([site.path for site in state.methods], linear)
         if old != new:
             remarks.append(
                 f"its paths begin with {new or 'nothing'!r} in this base and so in the file, not with {old!r}"
             )
-            state = portable.at_other_paths(state, old, new, type(options.outline).__name__)
+            state = portable.at_other_paths(state, old, new, type(seen.outline).__name__)
         _same_shapes(state, linear)
     plain, converted, model = _as_lora(state, options)
     portable.refuse(portable.unportable(plain))
     size = portable.rank_for([one.rank for one in converted.sites.values()], options.rank, options.max_rank)
-    done, missing = portable.uniform(plain, size, options.dtype), list[str]()
+    dtype = portable.DTYPES[options.dtype or "bf16"]
+    done, missing = portable.uniform(plain, size, dtype), list[str]()
     if options.fill and linear is not None:
-        done, missing = portable.filled(done, size, options.dtype, linear)
+        done, missing = portable.filled(done, size, dtype, linear)
     modules = _written(done, folder, state, converted, model, options)
     bytes_of = {site.path: sum(t.nbytes for t in group.values()) for site, group in done.tensors.items()}
     return Exported(
-        folder, "portable", modules, str(options.dtype).removeprefix("torch."), sum(bytes_of.values()), size,
+        folder, "portable", modules, str(dtype).removeprefix("torch."), sum(bytes_of.values()), size,
         len(missing), sum(bytes_of[path] for path in missing), tuple(remarks),
     )  # fmt: skip
 
 
 def _peft(state: AdapterState, folder: Path, options: Options) -> Exported:
     """As PEFT has it, or as plain LoRA where it has no format or a rank is asked for."""
+    if options.dtype is not None or not options.fill:
+        raise UseError("dtype and no-fill are for the profile portable, peft keeps what the adapter has")
     finished, model = state.finished(), None
     ranks = {site: getattr(method, "rank", None) or 0 for site, method in finished.methods.items()}
     done, converted = finished, Conversion({site: Converted("kept", rank, 0.0) for site, rank in ranks.items()})
-    remarks = []
+    remarks = [] if options.seen.remark is None else [options.seen.remark]
     try:
         to_peft(finished, options.layout)
         reason = None if options.cut is None else f"rank {options.cut} was asked for"
@@ -200,36 +205,38 @@ def _as_lora(state: AdapterState, options: Options) -> tuple[AdapterState, Conve
     try:
         return *to_lora(state, rank=options.cut), None
     except UseError:
-        if options.base is None or hopeless:
+        if options.seen.name is None or hopeless:
             raise
-    model = load_base(options.base, dtype="fp32", device=torch.device("cpu")).model
+    model = load_base(options.seen.name, dtype="fp32", device=torch.device("cpu")).model
     apart = None if state.base is None else state.base.difference(identify(model))
     if apart and not options.allow_base_mismatch:
         raise BaseMismatchError(
-            f"the adapter was trained on another base than {options.base!r}: {apart}. Give the right one with --model, or "
+            f"the adapter was trained on another base than {options.seen.name!r}: {apart}. Give the right one with --model, or "
             "pass allow_base_mismatch=True (--allow-base-mismatch) if you know better"
         )
     return *to_lora(state, model, options.cut), model
 
 
-def _options(
-    profile: str, rank: int | None, max_rank: int | None, dtype: str | None, fill: bool, mismatch: bool
-) -> Options:
+def _possible(profile: str, o: Options) -> None:
     if profile not in PROFILES:
         raise UseError(f"no profile {profile!r}{did_you_mean(profile, PROFILES)}; known are {', '.join(PROFILES)}")
-    found = [
-        f"{k}={v!r} must be at least 1" for k, v in (("rank", rank), ("max_rank", max_rank)) if v is not None and v < 1
-    ]
-    if rank is not None and max_rank is not None and rank > max_rank:
-        found.append(f"rank={rank} is above max_rank={max_rank}")
-    if dtype is not None and dtype not in portable.DTYPES:
-        found.append(f"dtype={dtype!r} is none of {', '.join(portable.DTYPES)}")
-    if profile != "portable" and (dtype is not None or not fill):
-        found.append(f"dtype and no-fill are for portable, {profile} keeps what the adapter has")
+    ranks = {"rank": o.rank, "max_rank": o.max_rank}
+    found = [f"{name}={value!r} must be at least 1" for name, value in ranks.items() if value is not None and value < 1]
+    if o.rank is not None and o.max_rank is not None and o.rank > o.max_rank:
+        found.append(f"rank={o.rank} is above max_rank={o.max_rank}")
+    if o.dtype is not None and o.dtype not in portable.DTYPES:
+        found.append(f"dtype={o.dtype!r} is none of {', '.join(portable.DTYPES)}")
     if found:
         raise faults(UseError, "this cannot be exported", found)
-    kind = portable.DTYPES[dtype or "bf16"] if profile == "portable" else None
-    return Options(rank, max_rank, kind, fill, None, mismatch)
+
+
+def _trained_quantized(state: AdapterState) -> list[str]:
+    held = None if state.base is None else state.base.quantized
+    return (
+        [f"it was trained on the base in {held}: on another copy it differs by what quantising rounds off"]
+        if held
+        else []
+    )
 
 
 def _does_something(state: AdapterState) -> None:
@@ -245,7 +252,7 @@ def _same_shapes(state: AdapterState, linear: Mapping[str, tuple[int, ...]]) -> 
         raise faults(BaseMismatchError, "the adapter is not for this base: give the one that it was trained on", found)
 
 
-def _manifest(done: Exported, folder: Path, stored: directory.Stored, base: str | None) -> str:
+def _manifest(done: Exported, folder: Path, stored: directory.Stored) -> str:
     """Where a folder came from, as JSON."""
     known = stored.state.base
     about = {
@@ -253,7 +260,7 @@ def _manifest(done: Exported, folder: Path, stored: directory.Stored, base: str 
         "profile": done.profile,
         "tensors": digest(read_tensors(folder, allow_pickle=False)),
         "parents": [stored.digest],
-        "base": {"name": stored.base_name or base} if known is None else known.to_dict(),
+        "base": {"name": stored.base_name} if known is None else known.to_dict(),
         "rank": done.rank,
         "dtype": done.dtype,
         "largest_relative_error": done.error,

@@ -3,13 +3,15 @@
 A name in an adapter's files counts where nothing has to be downloaded for it; what is given counts always.
 """
 
+import functools
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from deltaw.core.base import base_modules
-from deltaw.core.errors import UseError
+from deltaw.core.errors import FileError
 from deltaw.core.host import HostSpec, WeightHost, host_of
 from deltaw.models.base import named_base, named_hub, outline
 from deltaw.ship.acceptance import Base
@@ -31,30 +33,31 @@ def is_linear(spec: HostSpec) -> bool:
     return len(spec.shape) == 2 and spec.stack is None and spec.linear and not spec.lookup
 
 
-def name_of(folder: Path, model: str | None) -> tuple[str | None, str | None]:
-    """The base to look at for an adapter folder, or None and a remark."""
-    name = model or named_base(folder)
-    if name is not None and (model is not None or _at_hand(name)):
-        return name, None
-    known = f"the base {name!r} that it names is not on this machine" if name else "it does not name its base"
-    return None, f"{known} (give it with --model): layers, shapes and vocabulary were not looked at"
+@dataclass(frozen=True)
+class Seen:
+    """The base of an adapter folder by its name, and its outline; neither, and a remark, where it was not looked at."""
+
+    name: str | None = None
+    outline: nn.Module | None = None
+    remark: str | None = None
+
+    @functools.cached_property
+    def base(self) -> Base | None:
+        return None if self.outline is None else base_of(self.outline)
 
 
-def needed(folder: Path, model: str | None) -> str:
-    """The same where it must be there. UseError says why."""
-    name, _ = name_of(folder, model)
-    if name is None:
-        raise UseError(
-            "which modules and layers of the base the adapter lacks is not known without it: give the base with --model "
-            f"(its config is enough; the adapter names {named_base(folder) or 'none'}), or export what is there with --no-fill"
-        )
-    return name
-
-
-def look_at(folder: Path, model: str | None) -> tuple[Base | None, str | None]:
-    """The base of an adapter folder, or None and a remark."""
-    name, remark = name_of(folder, model)
-    return (None if name is None else base_of(outline(name))), remark
+def look(folder: Path, model: str | None = None) -> Seen:
+    """The base of an adapter folder: `model`, else the one that it names, if that is on this machine and can be read."""
+    if model is not None:
+        return Seen(model, outline(model))
+    name = named_base(folder)
+    reason = f"the base {name!r} that it names is not on this machine" if name else "it does not name its base"
+    if name is not None and _at_hand(name):
+        try:
+            return Seen(name, outline(name))
+        except FileError as error:
+            reason = str(error)
+    return Seen(remark=f"{reason}; layers, shapes and vocabulary were not looked at (give the base with --model)")
 
 
 def _at_hand(name: str) -> bool:
