@@ -370,22 +370,41 @@ def test_verdict_and_table(good: Folder, tmp_path: Path) -> None:
         engines.check(read_facts(tmp_path / "a"), ["vlm"])
 
 
-REAL = {
-    "Tashu014__lora-imdb-distilbert": {"refuses": (*VLLM, *GGUF), "computes something else": ("sglang", *LORAX)},
-    "Hareshjethani__BERT-GPT2-Multitask-Finetuning": {
-        "refuses": GGUF,
-        "computes something else": ("sglang", *LORAX),
-        "takes it": VLLM,
-    },
-    "anirudh-ak__peft-gpt2/model/lora_model": {
-        "refuses": GGUF,
-        "computes something else": ("sglang", *LORAX),
-        "takes it": VLLM,
-    },
-    "niket-sharma__LLMs-from-groundup/lora_adapters": {
-        "refuses": ("ollama",),
-        "takes it": (*VLLM, "sglang", *LORAX, "llama.cpp"),
-    },
+def test_a_folder_that_cannot_be_read_is_a_sentence(good: Folder, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="no adapter folder"):
+        read_facts(tmp_path / "none")
+    good.config |= {"rank_pattern": "q_proj", "modules_to_save": "lm_head", "alpha_pattern": {"(": 3}}
+    with pytest.raises(
+        FileError, match=r"is not PEFT's \(3 faults\)(.|\n)*modules_to_save='lm_head' is not a list of names"
+    ):
+        read_facts(good.write(tmp_path / "a"))
+    good.config = {"peft_type": "LORA", "r": "8", "lora_alpha": "16", "init_lora_weights": 3, "added": 1}
+    odd = read_facts(good.write(tmp_path / "b"))
+    assert tripped(odd)["ollama"] == {"alpha"} and tripped(odd)["vllm"] == {"required", "ranks"}
+    (tmp_path / "b/adapter_config.json").write_text("[]")
+    with pytest.raises(FileError, match="expected an object"):
+        read_facts(tmp_path / "b")
+    (tmp_path / "a/adapter_config.json").write_text("{}")
+    (tmp_path / "a/adapter_model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(FileError, match="is not a safetensors file"):
+        read_facts(tmp_path / "a")
+
+
+DISTILBERT = {"refuses": {*VLLM, *GGUF}, "computes something else": {"sglang", *LORAX}}
+HEADED = {"refuses": set(GGUF), "computes something else": {"sglang", *LORAX}, "takes it": set(VLLM)}
+PLAIN = {"refuses": {"ollama"}, "takes it": {*VLLM, "sglang", *LORAX, "llama.cpp"}}
+REAL: dict[str, dict[str, set[str]]] = {
+    "Tashu014__lora-imdb-distilbert": DISTILBERT,  # saves pre_classifier as well
+    "dayanidhi04__emotion-classification-distilbert-lora": DISTILBERT,
+    "Hareshjethani__BERT-GPT2-Multitask-Finetuning": HEADED,
+    "anirudh-ak__peft-gpt2/model/lora_model": HEADED,
+    "stathopoan__Apply-Lightweight-Fine-Tuning-to-a-Foundation-LLM-Model/lora_model": HEADED,
+    "niket-sharma__LLMs-from-groundup/lora_adapters": PLAIN,
+    "yoonyerin__be-great": {
+        "refuses": {"ollama", "tgi"},
+        "takes it": {*VLLM, "sglang", "lorax", "llama.cpp"},
+    },  # a pickle
+    "catundchat__stable-diffusion-v1.5-lora": {"refuses": set(engines.ENGINES)},
 }
 
 
@@ -393,6 +412,19 @@ REAL = {
 @pytest.mark.parametrize("folder", REAL)
 def test_real_adapters(folder: str, shared: Path) -> None:
     found: dict[str, set[str]] = {}
-    for one in engines.check(read_facts(shared / "adapters" / folder)):
+    for one in engines.check(read_facts(shared / "adapters" / folder, allow_pickle=True)):
         found.setdefault(one.verdict, set()).add(one.engine)
-    assert found == {verdict: set(names) for verdict, names in REAL[folder].items()}
+    assert found == REAL[folder]
+
+
+@pytest.mark.shared
+def test_every_config_of_the_corpus_is_judged(shared: Path) -> None:
+    """103 configs of nearly every method of PEFT: none breaks a rule, and none but LoRA goes to an engine that asks for it."""
+    files = sorted((shared / "adapters/peft_method_comparison_configs").rglob("adapter_config.json"))
+    assert len(files) == 103
+    for file in files:
+        facts = read_facts(file.parent)
+        opinions = {one.engine: one for one in engines.check(facts)}
+        assert all("weights" in {found.rule for found in one.findings} for one in opinions.values())
+        foreign = "type" in {found.rule for found in opinions["sglang"].findings}
+        assert foreign == (facts.config["peft_type"] != "LORA")

@@ -5,8 +5,8 @@
     else any that mis-scales, mis-reads or ignores        → it loads, and computes something else
     else                                                  → it takes it; `needs` are options to start the engine with
 
-The tables are in `deltaw.ship.engines`, the questions in `deltaw.ship.rules` and `rules_scale`. No engine runs here: a rule is as good as
-its evidence, which every finding names.
+The tables are in `deltaw.ship.engines`, the questions in `deltaw.ship.rules` and `rules_scale`. No engine runs here: a rule
+is as good as its evidence, which every finding names.
 """
 
 import functools
@@ -19,11 +19,12 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from deltaw.core.errors import FileError
+from deltaw.core.errors import FileError, faults
 from deltaw.core.files import read_json
 from deltaw.core.text import columns
 from deltaw.formats.directory import CONFIG
 from deltaw.formats.peft_experts import is_stack, sites
+from deltaw.formats.peft_valid import ALPHAS, NAMES, TARGETS, Check, number, patterns
 from deltaw.formats.weights import PICKLED, WEIGHTS, read_tensors
 
 Effect = Literal["refuses", "mis-scales", "mis-reads", "ignores", "needs"]
@@ -32,6 +33,14 @@ KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.(?P<end>lora_[AB]\.weight|lo
 """The keys that every engine reads as factors."""
 UNSURE = ("inferred", "not verified")
 AGAIN = "fetch the folder again"
+SOUND: Mapping[str, Check] = {
+    "target_modules": TARGETS,
+    "target_parameters": NAMES,
+    "modules_to_save": NAMES,
+    "rank_pattern": patterns(number, "a table {pattern: number}"),
+    "alpha_pattern": ALPHAS,
+}
+"""Options that rules look into: their values must be of the kind that PEFT writes."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,11 @@ def read_facts(folder: Path, base: Base | None = None, *, allow_pickle: bool = F
         raise FileError(f"no adapter folder {str(folder)!r}")
     files = frozenset(file.name for file in folder.iterdir())
     config = read_json(folder / CONFIG, AGAIN) if CONFIG in files else {}
+    wrong = [
+        f"{key}={config[key]!r} is not {words}" for key, check in SOUND.items() if (words := check(config.get(key)))
+    ]
+    if wrong:
+        raise faults(FileError, f"{folder / CONFIG} is not PEFT's", wrong)
     added = read_json(folder / "added_tokens.json", AGAIN) if "added_tokens.json" in files else {}
     header, nonfinite = _header(folder, files, allow_pickle)
     return Facts(config, header, files, base, added, nonfinite)

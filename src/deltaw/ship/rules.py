@@ -144,7 +144,7 @@ def base_not_in(known: Collection[str]) -> Question:
 
 def new_tokens(f: Facts) -> str | None:
     size = f.about("vocab_size")
-    found = [token for token, number in f.added.items() if size is not None and number >= size]
+    found = [token for token, number in f.added.items() if size is not None and type(number) is int and number >= size]
     return f"added_tokens.json brings tokens beyond the vocabulary of {size}: {some(found)}" if found else None
 
 
