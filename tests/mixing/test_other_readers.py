@@ -17,7 +17,7 @@ from deltaw.formats import directory
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
 from deltaw.mixing import blocks, dare, exact, svd, ties
-from deltaw.ship.readback import read_back
+from deltaw.ship.readback import must_be
 
 WEIGHTS = [0.7, -0.3, 1.1]
 METHODS = (
@@ -56,7 +56,7 @@ def test_peft_loads_every_mix_to_the_same_function(tmp_path: Path) -> None:
         live = model(ids).logits
     for name, mixed in mixes(states).items():
         directory.write(mixed, tmp_path / name)
-        assert read_back(mixed, tmp_path / name) < 1e-6
+        assert must_be(mixed, tmp_path / name) < 1e-6
         config = json.loads((tmp_path / name / "adapter_config.json").read_text())
         assert bool(config["rank_pattern"]) == (name != "dare")  # the ranks do differ, or this shows nothing
         tuned = peft.PeftModel.from_pretrained(tiny.model("llama"), str(tmp_path / name))
@@ -149,7 +149,7 @@ def test_real_adapters(shared: Path, tmp_path: Path) -> None:
     state = directory.open_directory(folder).state
     mixed = exact([state, state], [1.5, -0.5])
     directory.write(mixed, tmp_path / "mixed")
-    assert read_back(mixed, tmp_path / "mixed") < 1e-6
+    assert must_be(mixed, tmp_path / "mixed") < 1e-6
     least, report = svd([state, state], [1.5, -0.5], energy=1.0)
     assert report.error < 1e-6
     ranked = [site for site, method in state.methods.items() if isinstance(method, LoRA)]
@@ -169,7 +169,7 @@ def test_real_adapters_with_heads_of_their_own(shared: Path, tmp_path: Path) -> 
         exact(states, [0.5, 0.5])
     mixed = exact(*blocks(states, [0.5, 0.5], {"classifier": [1.0, 0.0]}))
     directory.write(mixed, tmp_path / "mixed")
-    assert read_back(mixed, tmp_path / "mixed") < 1e-6
+    assert must_be(mixed, tmp_path / "mixed") < 1e-6
     there = directory.open_directory(tmp_path / "mixed").state
     head, inner = Site("classifier"), Site("pre_classifier")
     assert torch.equal(there.tensors[head]["copy"], states[0].tensors[head]["copy"])

@@ -16,7 +16,7 @@ from deltaw.formats import directory
 from deltaw.methods.adalora import AdaLoRA
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
-from deltaw.ship.readback import read_back
+from deltaw.ship.readback import must_be
 
 
 def state_of(method: Method) -> AdapterState:
@@ -36,7 +36,7 @@ def state_of(method: Method) -> AdapterState:
 def test_what_was_written_is_what_is_there(method: Method, tmp_path: Path) -> None:
     state = state_of(method)
     directory.write(state, tmp_path / "a")
-    assert read_back(state, tmp_path / "a") < 1e-6
+    assert must_be(state, tmp_path / "a") < 1e-6
 
 
 def test_another_change_is_found(tmp_path: Path) -> None:
@@ -46,20 +46,20 @@ def test_another_change_is_found(tmp_path: Path) -> None:
     for name, factor in (("lora_B", 1.001), ("lora_A", 0.0)):
         other = dataclasses.replace(state, tensors={**state.tensors, site: {**group, name: factor * group[name]}})
         with pytest.raises(FileError, match=r"reads as another one, nothing is kept of it: 0: ΔW differs by"):
-            read_back(other, tmp_path / "a")
+            must_be(other, tmp_path / "a")
     turned = dataclasses.replace(  # the same ΔW from other factors is the same adapter
         state, tensors={**state.tensors, site: {"lora_A": 2 * group["lora_A"], "lora_B": group["lora_B"] / 2}}
     )
-    assert read_back(turned, tmp_path / "a") < 1e-6
+    assert must_be(turned, tmp_path / "a") < 1e-6
     fewer = dataclasses.replace(state, methods={site: state.methods[site]}, tensors={site: group})
     with pytest.raises(FileError, match="1: it is in the file only"):
-        read_back(fewer, tmp_path / "a")
+        must_be(fewer, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
     with pytest.raises(FileError, match="0: scale"):
-        read_back(state, tmp_path / "a")
+        must_be(state, tmp_path / "a")
     dora = state_of(DoRA(rank=2))
     directory.write(dora, tmp_path / "b")
     longer = {**dora.tensors[site], "magnitude": 1.01 * dora.tensors[site]["magnitude"]}
-    with pytest.raises(FileError, match="0: ΔW differs by inf"):
-        read_back(dataclasses.replace(dora, tensors={**dora.tensors, site: longer}), tmp_path / "b")
+    with pytest.raises(FileError, match="0: ΔW differs by"):
+        must_be(dataclasses.replace(dora, tensors={**dora.tensors, site: longer}), tmp_path / "b")

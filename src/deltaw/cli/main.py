@@ -19,6 +19,7 @@ from deltaw.cli import (  # noqa: F401  the verbs
     compare,
     doctor,
     evaluate,
+    export,
     generate,
     inspect,
     merge,

@@ -72,7 +72,7 @@ def mix(
     from deltaw.data.kept import read_kept, together
     from deltaw.formats import directory
     from deltaw.mixing import blocks
-    from deltaw.ship.readback import read_back
+    from deltaw.ship.readback import must_be
 
     plan = _plan(how, rank, energy, density, seed, block)
     must_be_free(output)
@@ -96,7 +96,7 @@ def mix(
     meta |= {"cut": {"rank": plan["rank"], "relative_error": report.error, "modules": lost}} if lost and report else {}
     with whole_folder(output) as draft:
         directory.write(dataclasses.replace(mixed, meta=meta), draft, beside=kept.files)
-        difference = read_back(mixed, draft)
+        difference = must_be(mixed, draft)
     ranks = sorted({rank for method in mixed.methods.values() if (rank := getattr(method, "rank", None))})
     record = {
         "adapter": str(output), "parts": [{"adapter": folder, "weight": weight} for folder, weight in pairs], **made,

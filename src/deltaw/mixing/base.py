@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltaw.core.adapter import WeightAdapter
 from deltaw.core.base import by_path
+from deltaw.core.change import independent
 from deltaw.core.errors import UseError, did_you_mean
 from deltaw.core.host import HostSpec, ParameterHost, host_of
 from deltaw.core.method import Method, Site
@@ -38,11 +39,9 @@ def matrix(state: AdapterState, site: Site, weights: Weights | None) -> Tensor:
     factors = state.factors(site)
     if factors is not None:
         return factors.scale * (factors.b @ factors.a)
-    shape = state.specs[site].shape
-    nothing, anything = (delta(state, site, w) for w in (torch.zeros(shape), _any(shape)))
-    apart = float((nothing - anything).norm())
-    if apart <= 1e-3 * float(nothing.norm()) + 3e-7 * float(_any(shape).norm()):
-        return nothing.flatten(1)  # whatever W is, and without its rounding
+    same = independent(state, site)
+    if same is not None:
+        return same.flatten(1)
     if weights is None:
         raise UseError(f"the change of {state.methods[site].name} depends on the base's weight: {GIVE}")
     return delta(state, site, weight_of(weights, site)).flatten(1)
@@ -108,7 +107,3 @@ def _host(module: nn.Module, site: Site) -> Any:
     if host is None:
         raise UseError(f"{site}: the base has no weight there that could carry it")
     return host
-
-
-def _any(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))

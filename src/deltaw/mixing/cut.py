@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deltaw.core.adapter import Factors
+from deltaw.core.change import decomposed
 from deltaw.core.errors import UseError
 
 SMALL = 512
@@ -49,14 +50,11 @@ def check(rank: object, energy: object) -> None:
 
 def of_factors(factors: Factors, rank: int | None, energy: float | None = None) -> Cut:
     """The best approximation of s·B·A in `rank`, or in the smallest rank that keeps the energy; both: no more than either."""
-    a, b, scale = factors
-    q, r = torch.linalg.qr(b.double())
-    p, t = torch.linalg.qr(a.double().mT)
-    u, s, vt = torch.linalg.svd(scale * r @ t.mT, full_matrices=False)
+    u, s, vt = decomposed(Factors(factors.a.double(), factors.b.double(), factors.scale))
     whole = float(s.square().sum())
     size = _rank(s, whole, rank, energy)
     lost = float(s[..., size:].square().sum())
-    return _balanced(q @ u, s, vt @ p.mT, size, (lost / whole) ** 0.5 if whole else 0.0)
+    return _balanced(u, s, vt, size, (lost / whole) ** 0.5 if whole else 0.0)
 
 
 def of_matrix(matrix: Tensor, rank: int | None, energy: float | None = None) -> Cut:
