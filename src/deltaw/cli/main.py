@@ -15,6 +15,7 @@ import typer
 from deltaw.cli import (  # noqa: F401  the verbs
     advise,
     chat,
+    convert,
     doctor,
     evaluate,
     generate,
