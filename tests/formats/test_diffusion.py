@@ -3,13 +3,31 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import peft
 import pytest
 import torch
+from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils.state_dict_utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_kohya,
+    convert_unet_state_dict_to_peft,
+)
 from diffusion import build, folder, load_with_diffusers, outputs, randomise
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 import deltaw
 from deltaw import DoRA, LoRA
+from deltaw.core.errors import FileError
 from deltaw.formats import directory
+from deltaw.formats.detect import detect
+from deltaw.formats.diffusers import from_diffusers
+from deltaw.formats.kohya import from_kohya, to_kohya
+from deltaw.formats.kohya_names import names, table
+from deltaw.formats.weights import read_file
+from deltaw.models.adapters import layout
+from deltaw.models.outlines import outlines
 from deltaw.ship.convert import convert
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -64,3 +82,159 @@ def test_what_we_write_diffusers_loads(family: str, to: str, name: str, bases: d
         assert float((outputs(part) - expected[role]).abs().max()) <= 2e-5
         meta = directory.read(tmp_path / "again" / role)[0].meta
         assert meta["converted"]["from"] == to and len(meta["parents"]) == 1
+
+
+# What others wrote
+
+
+def with_peft(part: Any, config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """An adapter that PEFT made on a part: its state dict, and the part's output with it."""
+    part.add_adapter(peft.LoraConfig(**config))
+    randomise(part)
+    return get_peft_model_state_dict(part), outputs(part)
+
+
+CONFIG = {"r": 4, "lora_alpha": 16, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 5}}
+
+
+@pytest.fixture(scope="module")
+def theirs() -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any], dict[str, torch.Tensor]]:
+    """(layers, metadata, outputs) by part, made by PEFT on a tiny Stable Diffusion."""
+    layers, outs, parts = {}, {}, build("sd")
+    for role, part in parts.items():
+        layers[role], outs[role] = with_peft(part, {**CONFIG, "target_modules": LAYERS[role][:6]})
+    return layers, _collate_lora_metadata(parts), outs
+
+
+def ours(path: Path, base: Path, out: Path) -> tuple[dict[str, torch.Tensor], Any]:
+    """What each part makes of its input with the file read by us; and the report."""
+    done = convert(path, out, model=str(base))
+    result = {}
+    for role, part in build("sd").items():
+        deltaw.load(part, out / role)
+        result[role] = outputs(part)
+    return result, done
+
+
+def test_what_diffusers_writes_we_read(theirs: Any, bases: dict[str, Path], tmp_path: Path) -> None:
+    layers, metadata, expected = theirs
+    pipeline = diffusers.StableDiffusionPipeline
+    pipeline.save_lora_weights(tmp_path / "a", layers["unet"], layers["text_encoder"], **metadata)
+    found, done = ours(tmp_path / "a", bases["sd"], tmp_path / "a-ours")
+    assert done.tool == "diffusers" and not [note for note in done.notes if "no alpha" in note]
+    for role, wanted in expected.items():
+        assert float((found[role] - wanted).abs().max()) <= 2e-5
+
+
+def test_an_alpha_that_is_not_there_is_said(theirs: Any, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Known defect: diffusers' own save without metadata comes back at scale 1 in place of 4, without a word."""
+    layers, _, expected = theirs
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path / "a", layers["unet"], layers["text_encoder"])
+    found, done = ours(tmp_path / "a", bases["sd"], tmp_path / "a-ours")
+    parts = build("sd")
+    load_with_diffusers("sd", tmp_path / "a", parts)
+    for role, wanted in expected.items():
+        assert float((outputs(parts[role]) - wanted).abs().max()) > 1e-2  # what was trained is not what comes back
+        assert float((outputs(parts[role]) - found[role]).abs().max()) <= 2e-5  # the same convention here
+        assert any(note.startswith(f"{role}: the file says no alpha") for note in done.notes)
+
+
+def test_the_layouts_before_peft_are_read(theirs: Any, bases: dict[str, Path], tmp_path: Path) -> None:
+    """lora.down (UNet), lora_linear_layer (text encoder), and the attention processors of 2023, all with alpha = rank."""
+    layers, _, _ = theirs
+    attention = {k: t for k, t in layers["unet"].items() if ".attn" in k}
+    old = {"unet." + _processor(key): tensor for key, tensor in attention.items()}
+    dotted = {"unet." + k: t for k, t in convert_state_dict_to_diffusers(attention).items()}
+    text = {"text_encoder." + k: t for k, t in convert_state_dict_to_diffusers(layers["text_encoder"]).items()}
+    assert any(".processor.to_out_lora.up." in key for key in old) and any(".to_q.lora.down." in key for key in dotted)
+    assert any(".lora_linear_layer." in key for key in text)
+    states = []
+    for tensors in (old, dotted, {"unet." + key: tensor for key, tensor in attention.items()}):
+        found, _ = from_diffusers({**tensors, **text}, outlines(str(bases["sd"])).parts)
+        assert len(found["unet"].methods) == len(attention) / 2 and len(found["text_encoder"].methods) == len(text) / 2
+        states.append(found["unet"])
+    for other in states[1:]:
+        assert other.methods == states[0].methods
+        assert all(torch.equal(t, other.tensors[s][n]) for s, g in states[0].tensors.items() for n, t in g.items())
+
+
+def _processor(key: str) -> str:
+    path, _, end = key.rpartition(".lora_")
+    above, _, name = path.removesuffix(".0").rpartition(".")
+    return f"{above}.processor.{name}_lora.{'down' if end.startswith('A') else 'up'}.weight"
+
+
+def test_what_diffusers_writes_for_kohya_we_read(theirs: Any, bases: dict[str, Path], tmp_path: Path) -> None:
+    """It writes alpha = rank whatever was trained: with the true alpha in its place, the adapter is what it was."""
+    layers, _, expected = theirs
+    flat = {f"{role}.{key}": tensor for role, group in layers.items() for key, tensor in group.items()}
+    written = convert_state_dict_to_kohya(flat)
+    for key in [key for key in written if key.endswith(".alpha")]:
+        written[key] = torch.tensor(5.0 if key.endswith("to_q.alpha") else 16.0)
+    save_file({k: t.contiguous() for k, t in written.items()}, tmp_path / "a.safetensors")
+    found, done = ours(tmp_path / "a.safetensors", bases["sd"], tmp_path / "a-ours")
+    assert done.tool == "kohya" and not done.notes
+    for role, wanted in expected.items():
+        assert float((found[role] - wanted).abs().max()) <= 2e-5
+    for key in [key for key in written if key.endswith(".alpha")]:
+        del written[key]
+    _, notes = from_kohya(written, outlines(str(bases["sd"])).parts)
+    assert len(notes) == 1 and "read as alpha = rank" in notes[0]
+
+
+def test_an_unknown_module_is_an_error(theirs: Any, bases: dict[str, Path]) -> None:
+    """Known defect: diffusers leaves such keys out without a word."""
+    layers, _, _ = theirs
+    parts = outlines(str(bases["sd"])).parts
+    tensors = convert_state_dict_to_kohya({f"unet.{key}": tensor for key, tensor in layers["unet"].items()})
+    one = next(key for key in tensors if key.endswith("attn2_to_k.lora_down.weight"))
+    wrong = {key.replace("attn2_to_k", "attn2_to_kk"): tensor for key, tensor in tensors.items()}
+    with pytest.raises(
+        FileError, match=r"is no module of the base; did you mean 'lora_unet_down_blocks_0.*attn2_to_k'"
+    ):
+        from_kohya(wrong, parts)
+    with pytest.raises(FileError, match="is not one of kohya's"):
+        from_kohya({**tensors, one.replace("lora_down", "lora_dwn"): tensors[one]}, parts)
+    with pytest.raises(FileError, match="a full difference is not supported"):
+        from_kohya({**tensors, one.replace("lora_down.weight", "diff"): tensors[one]}, parts)
+    dotted = {f"unet.{key.replace('attn2.to_k', 'attn2.to_kk')}": tensor for key, tensor in layers["unet"].items()}
+    with pytest.raises(FileError, match=r"'down_blocks.*attn2.to_kk' is no module of the base; did you mean"):
+        from_diffusers(dotted, parts)
+    with pytest.raises(FileError, match="expected"):
+        from_kohya({**tensors, one: torch.zeros(4, 3)}, parts)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_names_are_exact_both_ways(family: str, bases: dict[str, Path]) -> None:
+    parts = outlines(str(bases[family])).parts
+    written, known = names(parts), table(parts)
+    assert len(set(written.values())) == len(written) == sum(len(layout.specs) for layout in parts.values())
+    for place, name in written.items():
+        assert known[name] == [place]
+
+
+@pytest.mark.shared
+def test_a_real_adapter_reads_completely(shared: Path, tmp_path: Path) -> None:
+    """Rank 4 on all attention layers of Stable Diffusion 1.5, in the layout of 2023; only the architecture is built."""
+    with torch.device("meta"):
+        parts = {
+            "unet": layout(diffusers.UNet2DConditionModel(cross_attention_dim=768))
+        }  # 1.5 but for this: the defaults
+    file = shared / "adapters/catundchat__stable-diffusion-v1.5-lora/pytorch_lora_weights.safetensors"
+    tensors = load_file(file)
+    assert detect(tensors) == "diffusers"
+    states, notes = from_diffusers(tensors, parts)
+    state = states["unet"]
+    assert len(state.methods) == 128 and sum(t.numel() for t in tensors.values()) == state.parameters
+    assert {method.scale for method in state.methods.values()} == {1.0} and "no alpha" in notes[0]
+    loaded = convert_unet_state_dict_to_peft(dict(tensors))  # diffusers' own reading of it
+    for site, group in state.tensors.items():
+        assert torch.equal(group["lora_A"], loaded[f"{site.path}.lora_A.weight"])
+        assert torch.equal(group["lora_B"], loaded[f"{site.path}.lora_B.weight"])
+    again, _ = from_kohya(to_kohya(states, parts)[0], parts)
+    assert again["unet"].methods == state.methods
+    pickled = file.with_suffix(".bin")
+    with pytest.raises(FileError, match="allow_pickle"):
+        read_file(pickled, allow_pickle=False)
+    other, _ = from_diffusers(read_file(pickled, allow_pickle=True)[0], parts)  # another training, the same layers
+    assert other["unet"].methods == state.methods
