@@ -97,7 +97,7 @@ def lora(a: Tensor, b: Tensor, alpha: float, magnitude: Tensor | None = None) ->
 def shaped(a: Tensor, b: Tensor, spec: HostSpec) -> tuple[Tensor, Tensor]:
     """Factors [r, fan_in] and [out, r], whatever singleton dimensions they carry, in the layout of the layer."""
     kernel = spec.shape[2:]
-    fits = a[0].numel() == spec.fan_in and b[:, 0].numel() == 1
+    fits = a[0].numel() == spec.fan_in and b[0, 0].numel() == 1
     return (a.reshape(len(a), spec.shape[1], *kernel), b.reshape(*b.shape[:2], *[1] * len(kernel))) if fits else (a, b)
 
 

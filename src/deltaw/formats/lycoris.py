@@ -8,13 +8,15 @@
     … lokr_t2 [r, r, *kernel], w2_a [r, c], w2_b [r, d]               Tucker, as above
 
 All Tucker forms are exactly ones without a core tensor, of the same rank. A LoKr that is cut into its factors as ours never
-is (LyCORIS' factor gives the larger part to the other side) becomes a LoRA of rank min(a, b)·r, exactly, where that is low.
-α missing or 0 means α = r. DoRA: ours scales rows; LyCORIS' other form, a scale per input [1, in, …], has no place here.
+is (LyCORIS' factor gives the larger part to the other side) is taken with both factors in full, or becomes a LoRA of rank
+min(a, b)·r: exactly, where that is low. α missing or 0 means α = r. DoRA: ours scales rows; LyCORIS' other form, a scale
+per input [1, in, …], has no place here.
 
 Sources: kohya-ss/sd-scripts `networks/lora.py`; KohakuBlueleaf/LyCORIS `modules/{locon,loha,lokr}.py`, `functional/general.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -57,6 +59,14 @@ UNREAD: Mapping[str, str] = {
 
 def read(group: Mapping[str, Tensor], spec: HostSpec) -> Piece | str:
     """The method and tensors of `group` (end of the key → tensor) on a layer of this shape, or why there is none."""
+    try:
+        return _read(group, spec)
+    except (RuntimeError, IndexError):  # torch, of shapes that do not go together
+        shapes = ", ".join(f"{end} {tuple(tensor.shape)}" for end, tensor in sorted(group.items()))
+        return f"its tensors do not go together: {shapes}"
+
+
+def _read(group: Mapping[str, Tensor], spec: HostSpec) -> Piece | str:
     ends = set(group) - {ALPHA, SCALE}
     if ends in ({DOWN, UP}, {DOWN, UP, MID}):
         return _lora(group, spec)
@@ -102,39 +112,46 @@ def _loha(group: Mapping[str, Tensor]) -> Piece | str:
 
 
 def _lokr(group: Mapping[str, Tensor], spec: HostSpec) -> Piece | str:
+    """The first form that cuts the layer as the file does: as it is, both factors in full, else a LoRA."""
     tensors = {name: group[name] for name in LOKR if name in group}
-    if "lokr_t2" in group and {"lokr_w2_a", "lokr_w2_b"} <= group.keys():
+    if "lokr_t2" in group:
         tensors["lokr_w2_a"] = group["lokr_w2_a"].T.contiguous()
-        tensors["lokr_w2_b"] = _tucker(group["lokr_t2"], group["lokr_w2_b"]).flatten(1)
-    elif "lokr_w2_b" in tensors:
+        tensors["lokr_w2_b"] = _tucker(group["lokr_t2"], group["lokr_w2_b"])
+    if "lokr_w2_b" in tensors:
         tensors["lokr_w2_b"] = tensors["lokr_w2_b"].flatten(1)
     if any((f"lokr_w{i}" in tensors) == ({f"lokr_w{i}_a", f"lokr_w{i}_b"} <= tensors.keys()) for i in "12"):
         return f"{', '.join(sorted(group))} are not the two factors of a LoKr"
-    if len(spec.shape) > 2 and "lokr_w2" in tensors and tensors["lokr_w2"].ndim == 2:
-        tensors["lokr_w2"] = tensors["lokr_w2"].view(*tensors["lokr_w2"].shape, *[1] * (len(spec.shape) - 2))
-    told = [tensors[name].shape[0] for name in ("lokr_w1_b", "lokr_w2_b") if name in tensors]
-    if len(set(told)) > 1:
-        return f"its factors have ranks {told[0]} and {told[1]}"
-    full = not told
-    rank = max(tensors["lokr_w2"].shape[:2]) if full else told[0]
-    alpha = float(rank) if full else _alpha(group, rank)
-    small = "lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a"
-    if alpha < 0:
-        alpha, tensors[small] = -alpha, -tensors[small]
-    sizes = {tensors[small].shape[0], tensors["lokr_w1" if small == "lokr_w1" else "lokr_w1_b"].shape[1]}
-    given, shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, Shapes()
-    for factor in (-1, *sorted(sizes)):
-        method = LoKr(rank=rank, alpha=alpha, decompose_factor=factor, decompose_both=small != "lokr_w1")
-        if method.unfit(spec) is None and dict(shapes.of(method, spec)[0]) == given:
-            return method, tensors
-    return _as_lora(LoKr(rank=rank, alpha=alpha), tensors, spec)
-
-
-def _as_lora(method: LoKr, tensors: Mapping[str, Tensor], spec: HostSpec) -> Piece | str:
-    factors = method.factors(tensors)
+    ranks = {tensors[name].shape[0] for name in ("lokr_w1_b", "lokr_w2_b") if name in tensors}
+    if len(ranks) > 1:
+        return f"its factors have ranks {' and '.join(map(str, sorted(ranks)))}"
+    rank = next(iter(ranks), 0)
+    scale = _alpha(group, rank) / rank if rank else 1.0
+    if scale < 0:
+        small = "lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a"
+        scale, tensors[small] = -scale, -tensors[small]
+    c, d = (_full(tensors, f"lokr_w{i}") for i in "12")
+    full = {"lokr_w1": c, "lokr_w2": d.reshape(d.shape[0], -1, *spec.shape[2:])}
+    for form, r in ((tensors, rank), (full, 0)):
+        r = r or max(full["lokr_w2"].shape[:2])
+        method = _cut(form, LoKr(rank=r, alpha=scale * r, decompose_both="lokr_w1" not in form), {-1, *c.shape}, spec)
+        if method is not None:
+            return method, form
+    factors = LoKr(rank=rank or 1, alpha=scale * (rank or 1)).factors(tensors)
     if factors is None:
         return "it is cut into its two factors as deltaw's LoKr never is, and its change is not of low rank"
     return lora(*shaped(factors.a, factors.b, spec), factors.scale * len(factors.a))
+
+
+def _full(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    whole = tensors.get(name)
+    return tensors[f"{name}_a"].float() @ tensors[f"{name}_b"].float() if whole is None else whole
+
+
+def _cut(tensors: Mapping[str, Tensor], method: LoKr, factors: Collection[int], spec: HostSpec) -> LoKr | None:
+    """The method with the decompose_factor that gives tensors of these shapes."""
+    given, shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, Shapes()
+    tried = (replace(method, decompose_factor=factor) for factor in sorted(factors))
+    return next((m for m in tried if m.unfit(spec) is None and dict(shapes.of(m, spec)[0]) == given), None)
 
 
 def _tucker(core: Tensor, down: Tensor) -> Tensor:
