@@ -13,7 +13,8 @@ of every head in pairs, where transformers has the first halves and then the sec
     B[h, j, i] = lora_b[h, i, j],   lora_b.view(heads, hd/2, 2, r),   B.view(heads, 2, hd/2, r)
 
 and the same for the magnitude, which belongs to rows as well (torchtune's own export to PEFT leaves DoRA out). Qwen 2 has
-no such reordering. Files that torchtune wrote for PEFT (adapter_model.safetensors beside the .pt) are PEFT's: read those.
+no such reordering. Files that torchtune wrote for PEFT (adapter_model.safetensors beside the .pt) are PEFT's; of Qwen 2 they
+have q and k reordered all the same, by the source: there the .pt is the one to convert.
 
 Source: pytorch/torchtune `models/convert_weights.py` (00c242b), `training/checkpointing/_checkpointer.py` (0104e39). Read,
 not run: torchtune is wound down and not installed here. Phi 3 (fused qkv) and vision models have other names, refused.
@@ -71,8 +72,8 @@ def from_torchtune(
     kind, alpha = base.get("model_type"), alpha if alpha is not None else (config or {}).get("lora_alpha")
     if kind not in ROTATED:
         raise UseError(
-            f"torchtune's order of rows is not known here for {kind!r} (known: {', '.join(ROTATED)}): convert the files "
-            "that torchtune wrote for PEFT, which lie beside it"
+            f"torchtune's order of rows is not known here for {kind!r} (known: {', '.join(ROTATED)}): take the files "
+            "that torchtune wrote for PEFT beside it, and check their logits"
         )
     if not alpha:
         raise UseError("the file holds no alpha, and no adapter_config.json says it: give lora_alpha (--alpha 16)")
