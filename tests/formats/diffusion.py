@@ -12,11 +12,11 @@ from torch import nn
 SMALL: dict[str, Any] = {"sample_size": 8, "norm_num_groups": 8, "attention_head_dim": 4, "cross_attention_dim": 32}
 UNETS: dict[str, dict[str, Any]] = {
     "sd": {
-        **SMALL, "block_out_channels": (16, 32), "layers_per_block": 2,
+        **SMALL, "block_out_channels": (16, 32), "layers_per_block": 1,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     },
     "sdxl": {
-        **SMALL, "block_out_channels": (16, 32, 32), "layers_per_block": 2, "use_linear_projection": True,
+        **SMALL, "block_out_channels": (16, 32, 32), "layers_per_block": 1, "use_linear_projection": True,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 1, 2),
         "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,

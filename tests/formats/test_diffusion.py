@@ -1,5 +1,6 @@
 """diffusers as the oracle, both ways: what we write it loads, what it wrote we read, in its own layout and in kohya's."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import deltaw
 from deltaw import DoRA, LoRA
-from deltaw.core.errors import FileError
+from deltaw.core.errors import FileError, UseError
 from deltaw.formats import directory
 from deltaw.formats.detect import detect
 from deltaw.formats.diffusers import from_diffusers
@@ -61,8 +62,13 @@ METHODS = {
     "rslora": LoRA(rank=4, alpha=6, rslora=True),
     "dora": DoRA(rank=4, alpha=6),
 }
-LOADED = [("sd", to, name) for to in ("kohya", "diffusers") for name in ("lora", "rslora")]
-LOADED += [("sdxl", "kohya", "lora"), ("sdxl", "diffusers", "lora"), ("sd", "diffusers", "dora")]
+LOADED = [
+    ("sd", "kohya", "lora"),
+    ("sdxl", "kohya", "rslora"),
+    ("sd", "diffusers", "lora"),
+    ("sdxl", "diffusers", "rslora"),
+    ("sd", "diffusers", "dora"),
+]
 
 
 @pytest.mark.parametrize(("family", "to", "name"), LOADED)
@@ -144,13 +150,20 @@ def test_the_layouts_before_peft_are_read(theirs: Any, bases: dict[str, Path], t
     layers, _, _ = theirs
     attention = {k: t for k, t in layers["unet"].items() if ".attn" in k}
     old = {"unet." + _processor(key): tensor for key, tensor in attention.items()}
+    bare = {key.removeprefix("unet."): tensor for key, tensor in old.items()}
     dotted = {"unet." + k: t for k, t in convert_state_dict_to_diffusers(attention).items()}
     text = {"text_encoder." + k: t for k, t in convert_state_dict_to_diffusers(layers["text_encoder"]).items()}
     assert any(".processor.to_out_lora.up." in key for key in old) and any(".to_q.lora.down." in key for key in dotted)
     assert any(".lora_linear_layer." in key for key in text)
-    states = []
-    for tensors in (old, dotted, {"unet." + key: tensor for key, tensor in attention.items()}):
-        found, _ = from_diffusers({**tensors, **text}, outlines(str(bases["sd"])).parts)
+    heads = {k: t for k, t in layers["text_encoder"].items() if ".self_attn." in k}
+    older = {
+        f"text_encoder.text_model.{_processed(key)}": tensor for key, tensor in heads.items()
+    }  # transformers 4's level
+    states, parts = [], outlines(str(bases["sd"])).parts
+    read, _ = from_diffusers(older, parts)
+    assert {s.path for s in read["text_encoder"].methods} == {key.rpartition(".lora_")[0] for key in heads}
+    for tensors in (old, bare, dotted, {"unet." + key: tensor for key, tensor in attention.items()}):
+        found, _ = from_diffusers({**tensors, **text}, parts)
         assert len(found["unet"].methods) == len(attention) / 2 and len(found["text_encoder"].methods) == len(text) / 2
         states.append(found["unet"])
     for other in states[1:]:
@@ -162,6 +175,61 @@ def _processor(key: str) -> str:
     path, _, end = key.rpartition(".lora_")
     above, _, name = path.removesuffix(".0").rpartition(".")
     return f"{above}.processor.{name}_lora.{'down' if end.startswith('A') else 'up'}.weight"
+
+
+def _processed(key: str) -> str:
+    path, _, end = key.rpartition(".lora_")
+    above, _, name = path.rpartition(".")
+    return f"{above}.to_{name.removesuffix('_proj')}_lora.{'down' if end.startswith('A') else 'up'}.weight"
+
+
+def test_lokr_in_diffusers_layout(bases: dict[str, Path]) -> None:
+    unet, fresh = build("sd")["unet"], build("sd")["unet"]
+    config = peft.LoKrConfig(r=4, alpha=6, target_modules=["to_q", "to_v", "ff.net.2"], decompose_factor=4)
+    model = peft.get_peft_model(unet, config)
+    randomise(model)
+    wanted = outputs(unet)
+    tensors = {f"unet.{k.removeprefix('base_model.model.')}": t for k, t in get_peft_model_state_dict(model).items()}
+    given = {k: list(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    header = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in given.items()})}
+    states, _ = from_diffusers(tensors, outlines(str(bases["sd"])).parts, header)
+    deltaw.insert(fresh, states["unet"])
+    assert (
+        float((outputs(fresh) - wanted).abs().max())
+        <= 2e-5
+        < float((outputs(build("sd")["unet"]) - wanted).abs().max())
+    )
+
+
+def test_a_model_by_itself_and_alphas_as_tensors(tmp_path: Path) -> None:
+    """A folder of one diffusers model, here a small Flux; a file whose alphas are tensors beside the factors."""
+    torch.manual_seed(5)
+    flux = diffusers.FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
+        pooled_projection_dim=16, in_channels=4, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    flux.save_config(tmp_path / "flux")
+    flux.add_adapter(peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_k", "proj_out"]))
+    randomise(flux)
+    layers = get_peft_model_state_dict(flux)
+    alphas = {f"{key.removesuffix('.lora_A.weight')}.alpha": torch.tensor(6.0) for key in layers if ".lora_A." in key}
+    save_file(
+        {f"transformer.{key}": t.contiguous() for key, t in (layers | alphas).items()}, tmp_path / "a.safetensors"
+    )
+    done = convert(tmp_path / "a.safetensors", tmp_path / "out", model=str(tmp_path / "flux"))
+    assert done.parts == {"transformer": len(alphas)} and not done.notes
+    state = directory.read(tmp_path / "out")[0]
+    assert {method.scale for method in state.methods.values()} == {1.5}
+    again = convert(tmp_path / "out", tmp_path / "d", to="diffusers", model=str(tmp_path / "flux"))
+    fresh = diffusers.FluxTransformer2DModel.from_config(flux.config)
+    fresh.load_lora_adapter(
+        str(tmp_path / "d"), weight_name="pytorch_lora_weights.safetensors", use_safetensors=True, prefix="transformer"
+    )
+    loaded = get_peft_model_state_dict(fresh, adapter_name="default_0")
+    assert again.error <= 1e-6 and all(torch.equal(tensor, loaded[key]) for key, tensor in layers.items())
+    assert fresh.peft_config["default_0"].lora_alpha == 6
+    with pytest.raises(UseError, match="name the layers of a transformer as its original checkpoint does"):
+        convert(tmp_path / "out", tmp_path / "k", to="kohya", model=str(tmp_path / "flux"))
 
 
 def test_what_diffusers_writes_for_kohya_we_read(theirs: Any, bases: dict[str, Path], tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ FILES: Mapping[str, Callable[..., tuple[dict[str, Tensor], dict[str, str], list[
     "diffusers": to_diffusers,
 }
 WRITTEN = (*FOLDERS, *FILES)
-NAMED = (mlx.FILE, "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_model.pt")
+DIFFUSERS = "pytorch_lora_weights.safetensors"  # the name that its loaders look for in a folder
+NAMED = (mlx.FILE, DIFFUSERS, "pytorch_lora_weights.bin", "adapter_model.pt")
 """Files that tools write into a folder, in the order in which they are looked for."""
 ALLOWED = 1e-6
 
@@ -112,7 +113,9 @@ def convert(
             again = _folders(states, draft, base, to, beside)
         else:
             assert base is not None
-            again, more = _file(states, draft / f"{target.name}.safetensors", base, to, origin)
+            again, more = _file(
+                states, draft / (DIFFUSERS if to == "diffusers" else f"{target.name}.safetensors"), base, to, origin
+            )
             notes += more
         error = _compared(states, again)
     sizes = {role: len(state.methods) for role, state in states.items()}
