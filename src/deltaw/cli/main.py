@@ -17,6 +17,7 @@ from deltaw.cli import (  # noqa: F401  the verbs
     advise,
     chat,
     compare,
+    convert,
     doctor,
     evaluate,
     export,

@@ -3,6 +3,8 @@
 LORA      lora_A.weight [r, in, *kernel], lora_B.weight [out, r, *ones]; scale α/r, or α/√r with use_rslora
           lora_embedding_A [r, vocab], lora_embedding_B [dim, r]; lora_magnitude_vector [out] or [1, out, 1, …]
           on stacks of experts (target_parameters) as `peft_experts` says
+          with enable_lora (PEFT 0.1 to 0.2: parts of a fused weight) lora_A.weight [n·r, in], lora_B.weight [n·out/m, n·r/2, 1],
+          a convolution in two groups whatever n is: read as a plain LoRA of rank n·r (`foreign.grouped`)
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +16,10 @@ from torch import Tensor
 from deltaw.core.errors import ConfigError
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method
+from deltaw.formats.foreign import grouped
 from deltaw.formats.peft_experts import flatten, unflatten
 from deltaw.formats.peft_kind import PLAIN, Piece, Ranked, ranked_rules
-from deltaw.formats.peft_valid import NAMES, SHARE, SWITCH, TOKENS, biases
+from deltaw.formats.peft_valid import NAMES, SHARE, SWITCH, TOKENS, biases, one
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
 
@@ -57,10 +60,21 @@ class LoRAKind(Ranked):
         self, config: Mapping[str, Any], path: str, found: Mapping[str, Tensor], shared: Mapping[str, Tensor]
     ) -> Piece | str:
         group = {self.keys[end]: t.flatten() if self.keys[end] == "magnitude" else t for end, t in found.items()}
+        parts = config.get("enable_lora")
+        if parts is not None:
+            fused = _fused(group["lora_A"], group["lora_B"], parts)
+            if isinstance(fused, str):
+                return fused
+            group["lora_A"], group["lora_B"] = fused
         reason = _no_pair(group["lora_A"], group["lora_B"])
         if reason:
             return reason
         a, b = group["lora_A"], group["lora_B"]
+        if parts is not None:  # of rank n·r in place of r: the scale stays α/r
+            rank, alpha = a.shape[0], self.alpha_of(config, path) * sum(parts)
+            return Piece(
+                self.method(config, rank=rank, alpha=alpha, **PLAIN), group, HostSpec((b.shape[0], a.shape[1]))
+            )
         method = self.method(config, rank=a.shape[0], alpha=self.alpha_of(config, path), **PLAIN)
         spec = HostSpec((b.shape[0], *a.shape[1:]), lookup="lora_embedding_A" in found)
         return Piece(method, group, spec, self.told(config, path, a.shape[0]))
@@ -111,6 +125,10 @@ class LoRAKind(Ranked):
         }
 
 
+def _parts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(on, bool) for on in value) and any(value)
+
+
 def _init(config: Mapping[str, Any]) -> str:
     value = config.get("init_lora_weights")
     return "true" if value is None else str(value).lower()
@@ -124,6 +142,18 @@ def _no_pair(a: Tensor, b: Tensor) -> str | None:
     if a.ndim > 2 and a.shape[0] != b.shape[1] and a.shape[0] % b.shape[1] == 0:
         return f"{shapes}: PEFT's grouped convolution is not supported yet (it has no ΔW of the weight's shape)"
     return f"{shapes}: their ranks differ" if a.shape[0] != b.shape[1] else None
+
+
+def _fused(a: Tensor, b: Tensor, parts: Sequence[bool]) -> tuple[Tensor, Tensor] | str:
+    """The factors of a fused weight, of which some parts are adapted, or why these are none."""
+    n = sum(parts)
+    if a.ndim == 2 and b.ndim == 3 and b.shape[2] == 1 and 0 not in b.shape:
+        groups, rest = divmod(a.shape[0], b.shape[1])
+        if not rest and groups and b.shape[0] % groups == 0 and b.shape[0] % n == 0 and a.shape[0] % n == 0:
+            return grouped(a, b, list(parts))
+    return (
+        f"A is {tuple(a.shape)} and B is {tuple(b.shape)}: not the factors of {n} of {len(parts)} parts (enable_lora)"
+    )
 
 
 LORA = LoRAKind(
@@ -148,6 +178,7 @@ LORA = LoRAKind(
         "trainable_token_indices": TOKENS,
         "target_parameters": NAMES,
         "bias": biases("lora_only"),
+        "enable_lora": one(_parts, "a list of true and false, with a true one"),
     },
     unsupported={
         "lora_bias": "a bias on B (lora_bias)",
@@ -160,7 +191,6 @@ LORA = LoRAKind(
         "monteclora_config": "MonteCLoRA (monteclora_config)",
         "arrow_config": "Arrow routing (arrow_config)",
         "megatron_config": "Megatron layers (megatron_config)",
-        "enable_lora": "LoRA on parts of a fused weight (enable_lora)",
     },
     unused={
         "init_lora_weights",
@@ -176,6 +206,7 @@ LORA = LoRAKind(
         "trainable_token_indices": "token rows (attach TokenRows under the same name)",
         "target_parameters": "experts as targets (target_parameters: name their modules in targets)",
         "ensure_weight_tying": "adapters shared by tied modules (ensure_weight_tying)",
+        "enable_lora": "LoRA on parts of a fused weight (enable_lora)",
     },
     bias="lora_only",
     token_rows=True,

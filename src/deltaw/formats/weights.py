@@ -1,4 +1,4 @@
-"""The tensors of an adapter folder: safetensors, or a pickle where the user allows it (tensors only)."""
+"""The tensors of an adapter's file: safetensors, or a pickle where the user allows it (tensors only)."""
 
 from pathlib import Path
 
@@ -13,25 +13,26 @@ WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 
 def read_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
     """All tensors by their keys, on the CPU, finite. FileError says what is wrong with the file."""
-    if (folder / WEIGHTS).is_file():
-        file, tensors = folder / WEIGHTS, _safe(folder / WEIGHTS)
-    elif allow_pickle:
-        file, tensors = folder / PICKLED, _pickled(folder / PICKLED)
-    else:
-        raise FileError(
-            f"{folder} has only {PICKLED}, a pickle: read it with allow_pickle=True (--allow-pickle), tensors only"
-        )
+    return read_file(folder / (WEIGHTS if (folder / WEIGHTS).is_file() else PICKLED), allow_pickle)[0]
+
+
+def read_file(file: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of one file by their keys, on the CPU, finite; and the texts in a safetensors file's header."""
+    if file.suffix != ".safetensors" and not allow_pickle:
+        raise FileError(f"{file} is a pickle: read it with allow_pickle=True (--allow-pickle), tensors only")
+    tensors, header = _safe(file) if file.suffix == ".safetensors" else (_pickled(file), {})
     found = [f"{key} holds NaN or infinite values" for key, t in tensors.items() if not torch.isfinite(t).all()]
     if found:
         raise faults(FileError, f"{file} (training diverged, or the file is damaged: fetch or train it again)", found)
-    return tensors
+    return tensors, header
 
 
-def _safe(file: Path) -> dict[str, Tensor]:
+def _safe(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as opened:
             # clone: the tensors would stay mapped to the file, and crash the process when someone overwrites it
-            return {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118  not a mapping
+            tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118  not a mapping
+            return tensors, opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         with open(file, "rb") as start:
             pickled = start.read(2)[:1] == b"\x80" or (start.seek(0) == 0 and start.read(2) == b"PK")

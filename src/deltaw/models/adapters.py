@@ -19,7 +19,7 @@ from deltaw.analysis.norms import norms
 from deltaw.core.attach import extract, fit, insert
 from deltaw.core.base import BaseIdentity, base_modules, base_parameters, identify, quantization
 from deltaw.core.errors import BaseMismatchError, FileError, faults
-from deltaw.core.host import host_of
+from deltaw.core.host import HostSpec, host_of
 from deltaw.core.method import Site
 from deltaw.core.state import AdapterState
 from deltaw.formats import directory
@@ -93,8 +93,8 @@ def save(
 
 
 def layout(model: nn.Module) -> Layout:
-    """What PEFT's config needs to know of the base under `model`; adapters are left out."""
-    entries, containers, transposed = {}, set(), set()
+    """What files need to know of the base under `model`, which may be on the meta device; adapters are left out."""
+    entries, containers, transposed, specs = {}, set(), set(), dict[Site, HostSpec]()
     lists = nn.ModuleDict | nn.ModuleList | nn.ParameterDict | nn.ParameterList
     for path, module in base_modules(model):
         saved = set(module._buffers) - module._non_persistent_buffers_set
@@ -102,9 +102,13 @@ def layout(model: nn.Module) -> Layout:
         entries[path] = [n for n in entries[path] if n in module._parameters or n in saved]
         if isinstance(module, lists):
             containers.add(path)
-        if isinstance(host_of(module), TransposedLinearHost):
+        host = host_of(module)
+        if isinstance(host, TransposedLinearHost):
             transposed.add(path)
-    return Layout(entries, containers, transposed)
+        for slot in () if host is None else host.slots:
+            if host.has(module, slot):
+                specs[Site(path, slot)] = type(host)(module, slot).spec
+    return Layout(entries, containers, transposed, specs)
 
 
 def load(

@@ -1,0 +1,68 @@
+"""deltaw convert: an adapter of one tool as an adapter of another."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deltaw.cli.app import Json, app, show, tell
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Adapter folder or file: deltaw, PEFT, kohya/LyCORIS, diffusers, …")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="deltaw, peft, kohya or diffusers.")] = "deltaw",
+    tool: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="Whose it is: peft, kohya, diffusers, loralib, mlx or torchtune. Default: as its keys say.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The base, whose module names the file's are looked up in: folder, hub id or `tiny`; of a diffusers "
+            "pipeline its folder. Only configurations are read.",
+            show_default=False,
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="lora_alpha of the training, for files that hold none (loralib, …).", show_default=False),
+    ] = None,
+    enable_lora: Annotated[
+        str | None,
+        typer.Option(help="Of loralib's MergedLinear: which parts, as true,false,true.", show_default=False),
+    ] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin and .pt too (tensors only).")] = False,
+    as_json: Json = False,
+) -> None:
+    """Read another tool's adapter, or write one for it; what was written is read back and its change compared."""
+    import dataclasses
+
+    from deltaw.ship.convert import convert as converted
+
+    done = converted(
+        source, output, to=to, tool=tool, model=model, alpha=alpha, enable_lora=_switches(enable_lora),
+        allow_pickle=allow_pickle,
+    )  # fmt: skip
+    tell(source, done.notes)
+    layers = ", ".join(f"{count} layers of the {role}" for role, count in done.parts.items())
+    text = (
+        f"{done.path}: from {done.tool} to {done.to}, {layers}, {done.parameters:,} parameters\n"
+        f"read back: the change differs by at most {done.error:.2g} of itself"
+    )
+    show({**dataclasses.asdict(done), "notes": list(done.notes)}, as_json, text)
+
+
+def _switches(text: str | None) -> list[bool] | None:
+    from deltaw.core.errors import UseError
+
+    words = [] if text is None else [word.strip().lower() for word in text.split(",")]
+    wrong = [word for word in words if word not in ("true", "false")]
+    if wrong:
+        raise UseError(f"--enable-lora {text}: {wrong[0]!r} is neither true nor false: write true,false,true")
+    return None if text is None else [word == "true" for word in words]

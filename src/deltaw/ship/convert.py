@@ -1,0 +1,289 @@
+"""An adapter of one tool as an adapter of another: read → placed on the real base → written → read back and compared.
+
+    deltaw.json | peft | kohya | diffusers | loralib | mlx | torchtune   →   states by part   →   deltaw | peft | kohya | diffusers
+
+deltaw and peft write a folder for each part of a pipeline (`output/unet`, …), each an adapter of that part alone; kohya and
+diffusers write one file for all. The output appears only when what was read back is the same change:
+‖ΔW − ΔW'‖ ≤ 1e-6 · ‖ΔW‖ at every site.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deltaw.core.adapter import Factors
+from deltaw.core.errors import ConfigError, FileError, MergeError, UseError, faults
+from deltaw.core.files import must_be_free, read_json, whole_folder
+from deltaw.core.host import ParameterHost
+from deltaw.core.method import Shapes, Site
+from deltaw.core.state import AdapterState, delta, misfit
+from deltaw.data.kept import read_kept
+from deltaw.formats import directory, mlx
+from deltaw.formats.detect import GRAMMARS, TOOLS, detect
+from deltaw.formats.diffusers import from_diffusers, to_diffusers
+from deltaw.formats.foreign import Parts, States
+from deltaw.formats.kohya import from_kohya, to_kohya
+from deltaw.formats.loralib import from_loralib
+from deltaw.formats.manifest import digest
+from deltaw.formats.mlx import from_mlx
+from deltaw.formats.peft import from_peft
+from deltaw.formats.peft_write import to_peft
+from deltaw.formats.torchtune import from_torchtune
+from deltaw.formats.weights import PICKLED, WEIGHTS, read_file
+from deltaw.models.outlines import ROLES, Outline, outlines
+
+FOLDERS = ("deltaw", "peft")
+FILES: Mapping[str, Callable[..., tuple[dict[str, Tensor], dict[str, str], list[str]]]] = {
+    "kohya": to_kohya,
+    "diffusers": to_diffusers,
+}
+WRITTEN = (*FOLDERS, *FILES)
+DIFFUSERS = "pytorch_lora_weights.safetensors"  # the name that its loaders look for in a folder
+NAMED = (mlx.FILE, DIFFUSERS, "pytorch_lora_weights.bin", "adapter_model.pt")
+"""Files that tools write into a folder, in the order in which they are looked for."""
+ALLOWED = 1e-6
+
+
+@dataclass(frozen=True)
+class Source:
+    """What there is to read: adapter folders of ours or PEFT's by role ("" where none is said), or one file of another tool."""
+
+    tool: str
+    folders: Mapping[str, directory.Stored] = dataclasses.field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    header: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """adapter_config.json beside the file, of tools that have one."""
+
+    @property
+    def digests(self) -> list[str]:
+        return [stored.digest for stored in self.folders.values()] or [digest(self.tensors)]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written, and how far it is from what was read."""
+
+    path: Path
+    tool: str
+    to: str
+    parts: Mapping[str, int]
+    """Role → number of adapted layers."""
+    parameters: int
+    error: float
+    """The largest ‖ΔW − ΔW'‖ / ‖ΔW‖ of a site, of what was read back."""
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: str | Path, output: str | Path, *, to: str = "deltaw", tool: str | None = None, model: str | None = None,
+    alpha: float | None = None, enable_lora: Sequence[bool] | None = None, allow_pickle: bool = False,
+) -> Converted:  # fmt: skip
+    """Read an adapter of any known tool, write it as `to` (deltaw, peft, kohya, diffusers) and read it back.
+
+    tool: whose it is, where its keys do not tell; model: its base, of which only the configuration is read; alpha,
+    enable_lora: what some tools leave out of their files. UseError for what is missing, FileError for what does not fit.
+    """
+    target = Path(output)
+    must_be_free(target)
+    if to not in WRITTEN or (tool is not None and tool not in TOOLS):
+        raise UseError(f"to={to!r}, from={tool!r}: written are {', '.join(WRITTEN)}; read are {', '.join(TOOLS)}")
+    found = open_source(Path(source), tool, allow_pickle)
+    named = model or (found.config.get("model") if found.tool == "mlx" else None)
+    if named is None and (found.tool not in FOLDERS or to in FILES):
+        tools = found.tool if found.tool not in FOLDERS else to
+        raise UseError(
+            f"the names in {tools}'s files are looked up in the base: say which, --model folder-or-hub-id (only its "
+            "configuration is read)"
+        )
+    base = None if named is None else outlines(str(named))
+    states, notes = read(found, base, alpha, enable_lora)
+    origin = {"parents": found.digests, "converted": {"from": found.tool, "file": Path(source).name}}
+    states = {role: dataclasses.replace(s, meta={**s.meta, **origin}).finished() for role, s in states.items()}
+    with whole_folder(target) as draft:
+        if to in FOLDERS:
+            beside = read_kept(Path(source)).files if "" in found.folders else {}
+            again = _folders(states, draft, base, to, beside)
+        else:
+            assert base is not None
+            again, more = _file(
+                states, draft / (DIFFUSERS if to == "diffusers" else f"{target.name}.safetensors"), base, to, origin
+            )
+            notes += more
+        error = _compared(states, again)
+    sizes = {role: len(state.methods) for role, state in states.items()}
+    return Converted(target, found.tool, to, sizes, sum(s.parameters for s in states.values()), error, tuple(notes))
+
+
+def open_source(path: Path, tool: str | None, allow_pickle: bool) -> Source:
+    """What is at `path`: a file, an adapter folder, or a folder with one for each part of a pipeline."""
+    if path.is_file():
+        return _foreign(path, tool, allow_pickle)
+    if not path.is_dir():
+        raise FileError(f"no adapter {str(path)!r}: neither a file nor a folder")
+    if tool in (None, *FOLDERS):
+        inside = {"": path} if _ours(path) else {role: path / role for role in ROLES if _ours(path / role)}
+        if inside:
+            opened = {role: directory.open_directory(at, allow_pickle=allow_pickle) for role, at in inside.items()}
+            kind = "deltaw" if all((at / directory.OURS).is_file() for at in inside.values()) else "peft"
+            return Source(kind, folders=opened)
+    found = [path / name for name in NAMED if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+    found = found or sorted(file for end in ("pt", "bin", "ckpt") for file in path.glob(f"*.{end}"))
+    if len(found) == 1 or (found and found[0].name in NAMED):
+        return _foreign(found[0], tool, allow_pickle)
+    listed = ", ".join(file.name for file in found) or "no .safetensors, .bin or .pt"
+    raise FileError(f"{path} holds {listed}: give the adapter's file itself")
+
+
+def _ours(folder: Path) -> bool:
+    """Is it a folder that PEFT or we wrote? mlx-lm's has an adapter_config.json too, and other tensors."""
+    return (folder / directory.CONFIG).is_file() and any((folder / name).is_file() for name in (WEIGHTS, PICKLED))
+
+
+def _foreign(file: Path, tool: str | None, allow_pickle: bool) -> Source:
+    tensors, header = read_file(file, allow_pickle)
+    kind = tool or detect(tensors)
+    if kind in FOLDERS:
+        raise UseError(f"{file} holds an adapter of PEFT without its adapter_config.json: give the folder of both")
+    config = file.parent / directory.CONFIG
+    beside = read_json(config, "fetch the folder again") if kind in ("mlx", "torchtune") and config.is_file() else {}
+    return Source(kind, tensors=tensors, header=header, config=beside)
+
+
+def read(
+    found: Source, base: Outline | None, alpha: float | None, enable_lora: Sequence[bool] | None
+) -> tuple[States, list[str]]:
+    """The states by part, and what a user should know."""
+    if alpha is not None and found.tool not in ("loralib", "mlx", "torchtune"):
+        raise UseError(f"--alpha is for files that hold none (loralib, mlx, torchtune); {found.tool}'s say it")
+    if enable_lora is not None and found.tool != "loralib":
+        raise UseError(f"--enable-lora is for loralib's MergedLinear; {found.tool}'s files have no such thing")
+    if found.folders:
+        return _placed(found.folders, base)
+    assert base is not None and found.tool in GRAMMARS
+    if found.tool == "kohya":
+        return from_kohya(found.tensors, base.parts)
+    if found.tool == "diffusers":
+        return from_diffusers(found.tensors, base.parts, found.header)
+    if len(base.parts) > 1:
+        raise UseError(
+            f"{found.tool}'s files are of one model, and {base.name!r} is a pipeline: give the folder of its part"
+        )
+    if found.tool == "loralib":
+        return from_loralib(found.tensors, base.parts, alpha=alpha, enable_lora=enable_lora)
+    if found.tool == "mlx":
+        return from_mlx(found.tensors, base.parts, found.config, alpha=alpha)
+    return from_torchtune(found.tensors, base.parts, base.config, found.config, alpha=alpha)
+
+
+def _placed(folders: Mapping[str, directory.Stored], base: Outline | None) -> tuple[States, list[str]]:
+    """States of adapter folders, each on the part of the base that has all its modules."""
+    states, notes, found = States(), list[str](), list[str]()
+    for role, stored in folders.items():
+        notes += stored.notes
+        if base is None:
+            states[role or "model"] = stored.state
+            continue
+        paths = {site.path for site in stored.state.methods}
+        fit = [r for r, layout in base.parts.items() if role in ("", r) and paths <= set(layout.entries)]
+        if len(fit) != 1:
+            near = next(iter(sorted(paths - {p for layout in base.parts.values() for p in layout.entries})), None)
+            why = f"has no module {near!r}" if near else f"has them in {' and in '.join(fit) or 'no single part'}"
+            raise FileError(f"the adapter does not fit the base {base.name!r}: it {why}")
+        layout, shapes = base.parts[fit[0]], Shapes()
+        specs = {site: layout.specs[site] for site in stored.state.methods if site in layout.specs}
+        for site, spec in specs.items():
+            reason = misfit(stored.state.methods[site], stored.state.tensors[site], spec, shapes)
+            found += [f"{site}: {reason}"] if reason else []
+        states[fit[0]] = dataclasses.replace(stored.state, specs={**stored.state.specs, **specs})
+    if found:
+        raise faults(FileError, "the adapter does not fit the base", found)
+    return states, notes
+
+
+def _folders(states: States, draft: Path, base: Outline | None, to: str, beside: Mapping[str, str]) -> States:
+    """Write a folder for each part, or one; what they hold when they are read again."""
+    several = (base is not None and base.pipeline) or len(states) > 1
+    again = States()
+    for role, state in states.items():
+        layout = base.parts.get(role) if base is not None else None
+        folder = draft / role if several else draft
+        if to == "peft":
+            try:
+                to_peft(state, layout)
+            except ConfigError as error:
+                raise UseError(f"{error}; --to deltaw holds every adapter") from None
+        directory.write(state, folder, layout=layout, beside=beside)
+        if to == "peft":  # as PEFT reads it, without what deltaw.json knows
+            config = read_json(folder / directory.CONFIG, "convert again")
+            again[role] = from_peft(config, read_file(folder / WEIGHTS, False)[0])[0]
+        else:
+            again[role] = directory.read(folder)[0]
+    return again
+
+
+def _file(states: States, file: Path, base: Outline, to: str, origin: Mapping[str, Any]) -> tuple[States, list[str]]:
+    """Write one file for all parts; what it holds when it is read again, and notes."""
+    tensors, header, notes = FILES[to](states, base.parts)
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    save_file(tensors, file, metadata={**header, "deltaw": json.dumps(origin)})
+    file.chmod(0o644)
+    return _again(to, base.parts, *read_file(file, False)), notes
+
+
+def _again(to: str, parts: Parts, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> States:
+    return from_kohya(tensors, parts)[0] if to == "kohya" else from_diffusers(tensors, parts, header)[0]
+
+
+def _compared(states: States, again: States) -> float:
+    """The largest relative difference of a site. MergeError where something was lost or is another change."""
+    found, largest = [], 0.0
+    if states.keys() != again.keys():
+        found.append(f"parts {', '.join(states)} were read and {', '.join(again)} written")
+    for role in states.keys() & again.keys():
+        mine, theirs = states[role], again[role]
+        lost = mine.methods.keys() ^ theirs.methods.keys()
+        found += [f"{role} {site}: in one of the two only" for site in sorted(map(str, lost))]
+        for site in mine.methods.keys() & theirs.methods.keys():
+            error = apart(mine, theirs, site)
+            largest = max(largest, error)
+            found += [f"{role} {site}: the change read back differs by {error:.2g}"] if not error <= ALLOWED else []
+    if found:
+        raise faults(MergeError, "what was written is not what was read, nothing was kept", found)
+    return largest
+
+
+def apart(a: AdapterState, b: AdapterState, site: Site) -> float:
+    """‖ΔW_a − ΔW_b‖ / ‖ΔW_a‖ at a site, from the factors where there are some; on a weight drawn at random where it depends on W."""
+    if a.methods[site] == b.methods[site] and all(
+        torch.equal(t, b.tensors[site][n]) for n, t in a.tensors[site].items()
+    ):
+        return 0.0
+    one, two = a.factors(site), b.factors(site)
+    if one is not None and two is not None and one.a.ndim == 2:
+        both = Factors(torch.cat([one.a, two.a]), torch.cat([one.scale * one.b, -two.scale * two.b], 1), 1.0)
+        own, difference = (_norm(Factors(f.a, f.b, f.scale)) for f in (one, both))
+    elif a.methods[site].host is ParameterHost or a.methods[site].follows_ties:  # absolute values, no ΔW
+        pairs = [(tensor.double(), b.tensors[site][name].double()) for name, tensor in a.tensors[site].items()]
+        own, difference = (
+            sum(float(t.norm()) for t in side) for side in ((x for x, _ in pairs), (x - y for x, y in pairs))
+        )
+    else:
+        spec = a.specs.get(site) or b.specs[site]
+        weight = torch.randn(spec.whole, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        first = delta(a, site, weight)
+        own, difference = first.norm().item(), (first - delta(b, site, weight)).norm().item()
+    return difference / own if own else difference
+
+
+def _norm(factors: Factors) -> float:
+    """‖s·B·A‖ by QR of both factors: the difference of two nearly equal products keeps its digits."""
+    r = torch.linalg.qr(factors.b.double()).R @ torch.linalg.qr(factors.a.double().mT).R.mT
+    return abs(factors.scale) * float(r.norm())
