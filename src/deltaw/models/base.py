@@ -71,6 +71,11 @@ def named_base(folder: Path) -> str | None:
     return found or _named(folder, "adapter_config.json", ("base_model_name_or_path",))
 
 
+def named_class(folder: Path) -> str | None:
+    """The class of the model that an adapter folder was trained on, where its files say it."""
+    return _named(folder, "deltaw.json", ("base", "layer"))
+
+
 def named_quantization(folder: Path, base: str) -> str:
     """How to quantise `base` for an adapter folder: as it was trained, unless the base's own files are quantised."""
     found = _named(folder, "deltaw.json", ("base", "quantized"))

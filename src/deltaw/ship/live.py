@@ -4,6 +4,7 @@ Merged in memory is what cannot be written file by file (`deltaw.ship.merge` say
 back from a quantised base, pickled checkpoints, parameters that transformers makes in another way as it loads.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from deltaw.core.attach import adapters, detach, extract, insert
 from deltaw.core.errors import UseError
-from deltaw.core.merge import merge
+from deltaw.core.merge import MergeReport, merge
+from deltaw.core.method import Site
 from deltaw.core.route import use
 from deltaw.core.state import AdapterState, combine
 from deltaw.data.kept import Kept
@@ -41,6 +43,8 @@ class Job:
     allowed: Mapping[str, bool]
     prompts: Sequence[str]
     check: bool
+    layer: str | None
+    """Class of the model that the adapters were trained on, where their files say it."""
 
     @property
     def route(self) -> dict[str, float]:
@@ -60,7 +64,7 @@ class Live:
 def live(job: Job, tokenizer: bool) -> Live:
     """Load the job and, where it is to be checked, what it computes; the tokenizer only where asked or needed."""
     found = _trained_on(job) if job.quantize != "none" and (job.check or job.into == "dequantized") else None
-    model, words = loaded(job.model), None
+    model, words = loaded(job.model, job.layer), None
     if tokenizer or job.prompts:
         words = load_tokenizer(job.model)[0]
         job.kept.give(words)
@@ -81,10 +85,10 @@ def live(job: Job, tokenizer: bool) -> Live:
     return Live(model, words, found.reports if found is not None else reports, held)
 
 
-def loaded(name: str) -> Any:
+def loaded(name: str, layer: str | None = None) -> Any:
     """A base in fp32 on the CPU, whatever its class; FileError where it cannot be loaded."""
     try:
-        model = class_of(name).from_pretrained(resolve(name), dtype=torch.float32)
+        model = class_of(name, layer).from_pretrained(resolve(name), dtype=torch.float32)
     except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be loaded
         raise unreadable(name, error) from error
     if name == "tiny":
@@ -118,25 +122,48 @@ def _trained_on(job: Job) -> _Trained:
         return _Trained(decoded(base.model), [logits(base.model, ids) for ids in rows], reports)
 
 
-def merge_live(there: Live, job: Job) -> int:
-    """Merge the adapters into the model, whose tables grow as they need. Returns the number of weights.
+def merge_live(there: Live, job: Job) -> MergeReport:
+    """Merge the adapters into the model, whose tables grow as they need.
 
     Several, or other strengths than 1, are one exact sum first (`core.state.combine`); UseError where there is none.
     """
     states = [extract(there.model, name) for name in job.route]
-    state = states[0] if set(job.route.values()) == {1.0} and len(states) == 1 else _sum(states, job)
+    state = _sum(states, list(job.route.values()))
     for name in job.route:
         detach(there.model, name)
     _grow(there.model, state)
     insert(there.model, state, name="merged")
-    return merge(there.model, "merged").weights
+    return merge(there.model, "merged")
 
 
-def _sum(states: Sequence[AdapterState], job: Job) -> AdapterState:
+def _sum(states: Sequence[AdapterState], weights: Sequence[float]) -> AdapterState:
+    """Σ weight · ΔW as one state. What only one of them changes, at strength 1, needs no sum and stays as it is."""
+    count = Counter(site for state in states for site in state.methods)
+    alone = [
+        _part(state, [site for site in state.methods if count[site] == 1 and weight == 1])
+        for state, weight in zip(states, weights, strict=True)
+    ]
+    rest = [
+        (_part(state, [site for site in state.methods if site not in kept.methods]), weight)
+        for state, kept, weight in zip(states, alone, weights, strict=True)
+    ]
+    rest = [(state, weight) for state, weight in rest if state.methods]
     try:
-        return combine(states, list(job.route.values()))
+        parts = [*alone, *([combine([s for s, _ in rest], [w for _, w in rest])] if rest else [])]
     except UseError as error:
         raise UseError(f"in memory only exact sums are merged, and {error}") from None
+    chained = [{site: one for part in parts for site, one in table(part).items()} for table in _TABLES]
+    return AdapterState(*chained)
+
+
+_TABLES = (lambda state: state.methods, lambda state: state.tensors, lambda state: state.specs)
+
+
+def _part(state: AdapterState, sites: Sequence[Site]) -> AdapterState:
+    methods, tensors, specs = (
+        {site: table(state)[site] for site in sites if site in table(state)} for table in _TABLES
+    )
+    return AdapterState(methods, tensors, specs)
 
 
 def _grow(model: nn.Module, state: AdapterState) -> None:

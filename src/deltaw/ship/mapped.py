@@ -32,9 +32,9 @@ class Mapped:
     identity: BaseIdentity
 
 
-def mapped(name: str, checkpoint: Checkpoint) -> Mapped:
-    """The base `name` over its files."""
-    model = hollow(name)
+def mapped(name: str, checkpoint: Checkpoint, layer: str | None = None) -> Mapped:
+    """The base `name` over its files; layer: as `class_of` has it."""
+    model = hollow(name, layer)
     shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
     memory = {path: tuple(tensor.shape) for path, tensor in _everything(model)}
     names = placed(shapes, memory, model)
@@ -63,12 +63,11 @@ def mapped(name: str, checkpoint: Checkpoint) -> Mapped:
     return Mapped(model, names, one, _identity(model, names, checkpoint))
 
 
-def hollow(name: str) -> nn.Module:
-    """The model of a base, with buffers and ties but without weights: the class that `load_base` loads, or, where that has
-    no language model for it, the one that its config names."""
+def hollow(name: str, layer: str | None = None) -> nn.Module:
+    """The model of a base, with buffers and ties but without weights."""
     from accelerate import init_empty_weights
 
-    config, cls = read_config(name), class_of(name)
+    config, cls = read_config(name), class_of(name, layer)
     with init_empty_weights(include_buffers=False):
         model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
     model.tie_weights()
@@ -77,18 +76,24 @@ def hollow(name: str) -> nn.Module:
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def class_of(name: str) -> Any:
-    """The class of transformers whose `from_pretrained` loads this base."""
+def class_of(name: str, layer: str | None = None) -> Any:
+    """The class of transformers whose `from_pretrained` loads this base.
+
+    The language model that `load_base` takes, or the class that config.json names, whichever is called `layer` (as the
+    adapter's files say); else the named one, unless that is a bare body without a head.
+    """
     transformers, config = require_transformers(), read_config(name)
-    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    body = transformers.MODEL_MAPPING.get(type(config), None)
+    called = (getattr(config, "architectures", None) or [""])[0]
+    named = getattr(transformers, called, None) if called else None
+    if causal is not None and (causal.__name__ == layer or named is None or (named is body and called != layer)):
         return transformers.AutoModelForCausalLM
-    named = (getattr(config, "architectures", None) or [""])[0]
-    found = getattr(transformers, named, None) if named else None
-    if found is None:
+    if named is None:
         raise UseError(
-            f"transformers has no class for the base {name!r}: its config.json names {named or 'none'} (architectures)"
+            f"transformers has no class for the base {name!r}: its config.json names {called or 'none'} (architectures)"
         )
-    return found
+    return named
 
 
 def _everything(model: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,7 @@ from deltaw.core.files import must_be_free, whole_folder, write_text
 from deltaw.data.kept import read_kept, together
 from deltaw.formats import directory
 from deltaw.models.adapters import LoadReport
-from deltaw.models.base import load_tokenizer, named_quantization, read_config
+from deltaw.models.base import load_tokenizer, named_class, named_quantization, read_config
 from deltaw.models.quantize import method_of
 from deltaw.ship import disk
 from deltaw.ship.beside import DTYPES, REPORT, asked, copy_beside, folder_of, room
@@ -91,15 +92,15 @@ def merge_to_folder(
     parts = [(adapter, 1.0)] if isinstance(adapter, str | Path) else list(adapter)
     wanted = asked(dtype)
     job = _job(model, parts, into, quantize, prompts, check, allow_base_mismatch, allow_pickle)
-    clock = _Clock()
-    source = folder_of(model)
+    clock, source = _Clock(), folder_of(model)
     with clock("plan"):
-        checkpoint = disk.open_checkpoint(source)
-        found = _way(job, checkpoint)
+        found = _way(job, disk.open_checkpoint(source))
+        if isinstance(found, Plan):
+            room(target, found.checkpoint, wanted)
     try:
         with whole_folder(target) as folder:
-            write = _in_shards if isinstance(found, Plan) else _in_memory
-            return write(job, found, source, folder, target, wanted, clock, told or (lambda done, total: None))
+            out = _Out(source, folder, target, wanted, clock, told or (lambda done, total: None))
+            return _in_shards(job, found, out) if isinstance(found, Plan) else _in_memory(job, found, out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise FileError(
@@ -114,6 +115,9 @@ def _job(
     if not parts:
         raise UseError("give at least one adapter to merge")
     folders = [(Path(folder), strength) for folder, strength in parts]
+    wrong = [repr(strength) for _, strength in folders if not _number(strength)]
+    if wrong:
+        raise UseError(f"strengths must be finite numbers, not {', '.join(wrong)}")
     if quantize is None:
         kinds = list(dict.fromkeys(named_quantization(folder, model) for folder, _ in folders))
         if len(kinds) > 1:
@@ -125,7 +129,13 @@ def _job(
     _possible(model, into, quantize)
     kept = together([read_kept(folder) for folder, _ in folders])
     allowed = {"allow_base_mismatch": mismatch, "allow_pickle": pickle}
-    return Job(model, folders, kept, into, quantize, allowed, tuple(prompts), check)
+    layers = {layer for folder, _ in folders if (layer := named_class(folder)) is not None}
+    layer = next(iter(layers)) if len(layers) == 1 else None
+    return Job(model, folders, kept, into, quantize, allowed, tuple(prompts), check, layer)
+
+
+def _number(strength: object) -> bool:
+    return isinstance(strength, int | float) and not isinstance(strength, bool) and math.isfinite(strength)
 
 
 def _possible(model: str, into: str, quantize: str) -> None:
@@ -161,84 +171,83 @@ def _way(job: Job, checkpoint: disk.Checkpoint | None) -> Plan | str:
     return plan(job, checkpoint)
 
 
-def _in_shards(
-    job: Job,
-    found: Any,
-    source: Path,
-    folder: Path,
-    target: Path,
-    dtype: torch.dtype | None,
-    clock: "_Clock",
-    told: Told,
-) -> Shipped:
+@dataclass(frozen=True)
+class _Out:
+    """Where a merge goes, and who hears of it."""
+
+    source: Path
+    """Folder of the base."""
+    folder: Path
+    """Draft of the target."""
+    target: Path
+    dtype: torch.dtype | None
+    """None for each weight's own."""
+    clock: "_Clock"
+    told: Told
+
+
+def _in_shards(job: Job, found: Plan, out: _Out) -> Shipped:
     held, reports = None, found.reports
     if job.check:
-        with clock("compare"):
+        with out.clock("compare"):
             there = live(job, tokenizer=False)
             held, reports = there.reference, there.reports
             del there
             gc.collect()
-    with clock("write"), Private() as memory:
+    with out.clock("write"), Private() as memory:
         total, done = found.checkpoint.bytes, [0]
-        room(target, found.checkpoint, dtype)
 
         def count(size: int) -> None:
             done[0] += size
-            told(done[0], total)
+            out.told(done[0], total)
 
-        copy_beside(source, folder, dtype)
+        copy_beside(out.source, out.folder, out.dtype)
         if job.kept.files:
             words = load_tokenizer(job.model)[0]
             job.kept.give(words)
-            words.save_pretrained(folder)
-        disk.write(found.checkpoint, folder, dtype, found.changed, count)
+            words.save_pretrained(out.folder)
+        disk.write(found.checkpoint, out.folder, out.dtype, found.changed, count)
     gone = found.vanished(subject(job))
-    written = found.dtype(dtype)
     return _checked(
-        job, folder, target, written, held, reports, found.base.identity, clock,
+        job, out, found.dtype(out.dtype), held, reports, found.base.identity,
         weights=len(found.targets), way="shards", vanished=tuple(gone), private=memory.rise,
     )  # fmt: skip
 
 
-def _in_memory(
-    job: Job,
-    reason: Any,
-    source: Path,
-    folder: Path,
-    target: Path,
-    dtype: torch.dtype | None,
-    clock: "_Clock",
-    told: Told,
-) -> Shipped:
-    with clock("compare"):
+def _in_memory(job: Job, reason: str, out: _Out) -> Shipped:
+    with out.clock("compare"):
         there = live(job, tokenizer=True)
-    base = identify(there.model)
-    with clock("write"), Private() as memory:
-        weights = merge_live(there, job)
+    base, remarks = identify(there.model), [f"merged in memory: {reason}"]
+    with out.clock("write"), Private() as memory:
+        merged = merge_live(there, job)
         own = getattr(read_config(job.model), "dtype", None)
-        written = dtype or (own if own in DTYPES.values() else torch.float32)
+        written = out.dtype or (own if own in DTYPES.values() else torch.float32)
         there.model.to(written)
-        there.model.save_pretrained(folder)
-        there.tokenizer.save_pretrained(folder)
+        there.model.save_pretrained(out.folder)
+        there.tokenizer.save_pretrained(out.folder)
     held, reports = there.reference, there.reports
     del there
     gc.collect()
+    if merged.changed < merged.weights:
+        remarks.append(
+            f"{merged.weights - merged.changed} of {merged.weights} weights did not change, their ΔW is zero"
+        )
     return _checked(
-        job, folder, target, written, held, reports, base, clock,
-        weights=weights, way="memory", private=memory.rise, remarks=(f"merged in memory: {reason}",),
+        job, out, written, held, reports, base,
+        weights=merged.weights, way="memory", private=memory.rise, remarks=tuple(remarks),
     )  # fmt: skip
 
 
 def _checked(
-    job: Job, folder: Path, target: Path, dtype: torch.dtype, held: Reference | None, reports: Sequence[LoadReport],
-    base: BaseIdentity, clock: "_Clock", remarks: tuple[str, ...] = (), **facts: Any,
+    job: Job, out: _Out, dtype: torch.dtype, held: Reference | None, reports: Sequence[LoadReport], base: BaseIdentity,
+    remarks: tuple[str, ...] = (), **facts: Any,
 ) -> Shipped:  # fmt: skip
     """Read back what was written, hold it against the reference, and write the report beside it."""
     difference = None
-    with clock("check"):
-        files = {file.name: _digest(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    with out.clock("check"):
+        files = {file.name: _digest(file) for file in sorted(out.folder.iterdir()) if file.is_file()}
         if held is not None:
-            difference = held.held(loaded(str(folder)), dtype)
+            difference = held.held(loaded(str(out.folder), job.layer), dtype)
             gc.collect()
     said = list(dict.fromkeys(remark for report in reports for remark in report.remarks))
     if held is None:
@@ -246,10 +255,13 @@ def _checked(
     elif held.effect == 0:
         said.append("the compared rows do not reach what the adapters change: the logits prove nothing here")
     if facts.get("vanished"):
-        said.append(f"no change is left after rounding of {', '.join(facts['vanished'][:6])}, …"[:400])
+        first = ", ".join(facts["vanished"][:6])
+        said.append(
+            f"rounding leaves no change of {len(facts['vanished'])} weights ({first}{', …' if len(facts['vanished']) > 6 else ''})"
+        )
     done = Shipped(
-        target, str(dtype).removeprefix("torch."), facts.pop("weights"), difference, held.effect if held else None,
-        job.into, held.round_trip if held else None, (*said, *remarks), files=files, seconds=clock.seconds, **facts,
+        out.target, str(dtype).removeprefix("torch."), facts.pop("weights"), difference, held.effect if held else None,
+        job.into, held.round_trip if held else None, (*said, *remarks), files=files, seconds=out.clock.seconds, **facts,
     )  # fmt: skip
     parts = [
         {"adapter": str(folder), "strength": strength, "digest": report.digest}
@@ -258,7 +270,7 @@ def _checked(
     record = {"base": base.to_dict(), "adapters": parts, **asdict(done)}
     del record["path"]
     record["positions"] = held.positions if held is not None else 0
-    write_text(folder / REPORT, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_text(out.folder / REPORT, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return done
 
 

@@ -9,6 +9,7 @@ that a change of the parameter in memory is a change of each tensor on disk. A p
 (split, permuted, interleaved) has no place here, and says so: it is merged in memory.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,14 @@ class Names:
 
     def keys(self, parameter: str) -> list[str]:
         """The tensors on disk that hold it."""
-        return [key for key, piece in self.pieces.items() if piece.parameter == parameter]
+        return self._keys.get(parameter, [])
+
+    @functools.cached_property
+    def _keys(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for key, piece in self.pieces.items():
+            found.setdefault(piece.parameter, []).append(key)
+        return found
 
 
 def placed(disk: Mapping[str, Shape], memory: Mapping[str, Shape], model: Any) -> Names:

@@ -59,7 +59,7 @@ class Plan:
 
 def plan(job: Job, checkpoint: Checkpoint) -> Plan | str:
     """How to write the merge file by file, or why that cannot be. Raises what `load` raises, and MergeError."""
-    base = mapped(job.model, checkpoint)
+    base = mapped(job.model, checkpoint, job.layer)
     reports = load_all(base.model, job, {**job.allowed, "here": base.identity})
     if grows(base.model, list(job.route)):
         return "the adapter brings rows that the base's tables have no place for"
