@@ -51,7 +51,7 @@ def mixes(states: list[AdapterState]) -> dict[str, AdapterState]:
 def test_peft_loads_every_mix_to_the_same_function(tmp_path: Path) -> None:
     """Unlike ranks by module, negative weights, rsLoRA's √r and the alphas: all in the file."""
     model, ids = tiny.model("llama"), tiny.ids()
-    states = parts(model)
+    states, base = parts(model), tiny.model("llama")(ids).logits
     with deltaw.use(model, {f"a{number}": weight for number, weight in enumerate(WEIGHTS)}):
         live = model(ids).logits
     for name, mixed in mixes(states).items():
@@ -60,6 +60,7 @@ def test_peft_loads_every_mix_to_the_same_function(tmp_path: Path) -> None:
         config = json.loads((tmp_path / name / "adapter_config.json").read_text())
         assert bool(config["rank_pattern"]) == (name != "dare")  # the ranks do differ, or this shows nothing
         tuned = peft.PeftModel.from_pretrained(tiny.model("llama"), str(tmp_path / name))
+        assert float((tuned(ids).logits - base).abs().max()) > 0.05
         twin = tiny.model("llama")
         deltaw.load(twin, tmp_path / name)
         torch.testing.assert_close(tuned(ids).logits, twin(ids).logits, rtol=1e-4, atol=1e-4)

@@ -49,5 +49,8 @@ def test_the_class_of_a_prefix_and_what_is_none_of_these(tmp_path: Path) -> None
     (tmp_path / "bare" / "config.json").write_text(json.dumps({**config, "n_inner": 77}))
     assert open_base(str(tmp_path / "bare"), ["transformer.h.0.mlp.c_fc"]) is None
     assert open_base(str(tmp_path / "bare"), ["transformer.h.0.attn.c_attn"]) is not None
+    (tmp_path / "bare" / "model.safetensors").write_bytes(b"not what it was")
+    with pytest.raises(FileError, match=r"model\.safetensors cannot be read.*fetch the base again"):
+        open_base(str(tmp_path / "bare"), [])
     (tmp_path / "bare" / "model.safetensors").unlink()
     assert open_base(str(tmp_path / "bare"), []) is None

@@ -159,9 +159,8 @@ def _site(
     changes = [matrix(state, site, base).mul_(w) for state, w in parts]
     whole = sum(changes[1:], start=changes[0]) if merge is None else merge(site, changes)
     del changes  # before the cut needs as much again
-    made = (
-        cut.whole(whole) if rank == "full" or (rank is None and energy is None) else cut.of_matrix(whole, rank, energy)
-    )
+    everything = rank == "full" or (rank is None and energy is None)
+    made = cut.whole(whole) if everything else cut.of_matrix(whole, rank, energy)
     done = Converted("svd" if made.error else "exact", made.rank, made.error)
     return plain(made.rank, corrects=corrects), _shaped(made.a, made.b, specs[site]), done
 

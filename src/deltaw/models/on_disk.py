@@ -7,11 +7,13 @@ model in memory (with or without the class's own prefix, tied ones under either 
 transformers renames or joins tensors on loading, `open_base` says None and the model is loaded as a whole.
 """
 
+import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from deltaw.core.base import BaseIdentity, by_path, sample
@@ -30,14 +32,10 @@ class OnDisk:
         self.name, self.model, self.files = name, model, files
         self.modules = by_path(model)
         alike: dict[int, list[str]] = {}
-        named = [
-            (f"{path}.{slot}".lstrip("."), p)
-            for path, module in self.modules.items()
-            for slot, p in module._parameters.items()
-        ]
-        for key, parameter in named:
-            if parameter is not None:
-                alike.setdefault(id(parameter), []).append(key)
+        for path, module in self.modules.items():
+            for slot, parameter in module._parameters.items():
+                if parameter is not None:
+                    alike.setdefault(id(parameter), []).append(f"{path}.{slot}".lstrip("."))
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         self.keys: dict[str, str] = {}
         """Name in memory → name on disk, of all that can be read."""
@@ -61,17 +59,15 @@ class OnDisk:
         key = self.keys.get(name)
         if key is None:
             raise FileError(f"the files of the base {self.name!r} hold no {name!r}: fetch them again")
-        try:
-            with safe_open(self.files[key], framework="pt") as file:
-                return file.get_tensor(key)  # type: ignore[no-any-return]
-        except (OSError, ValueError, RuntimeError) as error:
-            raise FileError(f"{self.files[key]} cannot be read: {error}: fetch it again") from None
+        with _opened(self.files[key]) as file:
+            found: Tensor = file.get_tensor(key)
+        return found
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Of a parameter on disk; None where the files hold none of that name."""
         if name not in self.keys:
             return None
-        with safe_open(self.files[self.keys[name]], framework="pt") as file:
+        with _opened(self.files[self.keys[name]]) as file:
             return tuple(file.get_slice(self.keys[name]).get_shape())
 
     def identity(self, names: Iterable[str]) -> BaseIdentity:
@@ -101,5 +97,14 @@ def _files(folder: Path) -> dict[str, Path]:
         return {name: folder / file for name, file in record.items()}
     if not (folder / SINGLE).is_file():
         return {}
-    with safe_open(folder / SINGLE, framework="pt") as file:
+    with _opened(folder / SINGLE) as file:
         return dict.fromkeys(file.keys(), folder / SINGLE)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{path} cannot be read: {error}: fetch the base again") from None
