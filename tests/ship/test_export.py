@@ -1,6 +1,7 @@
 """Exports: PEFT loads the folder to the logits of the adapter, whatever the method was; what cannot be is refused and said."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -127,12 +128,17 @@ def test_what_has_no_factors_is_cut_and_the_error_shown(name: str, tiny: nn.Modu
     wanted, plain = ours(tiny, source), logits(tiny, probe(tiny))
     got = theirs(tmp_path / "b")
     assert apart(got, wanted) < max(2 * done.error, 1e-4) * apart(plain, wanted)
+    assert all(one.takes for one in engines.check(read_facts(tmp_path / "b", base_of(outline("tiny")))))
     full = export(source, tmp_path / "c", rank=128, dtype="fp32")
     assert full.modules["model.layers.0.self_attn.v_proj"].error < 1e-5  # 128 × 256: nothing to lose
     assert 0.01 < done.error < 1 and full.error < done.error
     manifest = json.loads((tmp_path / "b" / MANIFEST).read_text())
     assert manifest["largest_relative_error"] == done.error and manifest["base"]["name"] == "tiny"
     assert manifest["parents"] == [directory.open_directory(source).digest]
+    assert (
+        manifest["file"]
+        == f"sha256:{hashlib.sha256((tmp_path / 'b/adapter_model.safetensors').read_bytes()).hexdigest()}"
+    )
     assert manifest["tensors"] == directory.open_directory(tmp_path / "b").digest
 
 
