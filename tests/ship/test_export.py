@@ -355,6 +355,44 @@ def test_what_peft_wrote_computes_the_same_after_the_export(dora: bool, tmp_path
     assert apart(theirs(tmp_path / "b"), wanted) < max(1e-4, 2 * done.error) * effect + 1e-5 and effect > 0.1
 
 
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+FAMILIES: dict[str, Any] = {
+    "Qwen2": {**SMALL, "intermediate_size": 48}, "Gemma2": {**SMALL, "intermediate_size": 48, "head_dim": 8},
+    "Qwen3": {**SMALL, "intermediate_size": 48, "head_dim": 8},
+    "GPT2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, tmp_path: Path) -> None:
+    """Biases, tied heads, transposed layers: PEFT's logits, and the honest exception of Ollama's two architectures."""
+    import transformers
+    from peft import PeftModel
+
+    kind = getattr(transformers, f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
+    torch.manual_seed(0)
+    model = kind(getattr(transformers, f"{family}Config")(**FAMILIES[family])).eval()
+    model.save_pretrained(tmp_path / "base")
+    method = deltaw.LoRA(rank=4, alpha=8, rslora=True, rank_pattern={".*proj": 3}, alpha_pattern={".*attn.*": 3})
+    source = trained(model, method, tmp_path / "a", targets="all-linear", std=0.2)
+    done = export(source, tmp_path / "b", model=str(tmp_path / "base"), dtype="fp32")
+    plain, wanted = logits(model, probe(model)), ours(model, source)
+    got = logits(PeftModel.from_pretrained(model, str(tmp_path / "b")).eval(), probe(model))
+    assert done.error < 1e-6 and apart(got, wanted) < 1e-4 * apart(plain, wanted) + 1e-6 < 1e-3 * apart(plain, wanted)
+    refused = {
+        one.engine
+        for one in engines.check(read_facts(tmp_path / "b", base_of(outline(str(tmp_path / "base")))))
+        if not one.takes
+    }
+    assert refused == (set() if family == "Gemma2" else {"ollama"})
+
+
 def test_a_scaled_bias(tmp_path: Path) -> None:
     """IA³ scales the layer's bias too: no engine takes a bias, PEFT does."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
