@@ -13,9 +13,11 @@ from torch import nn
 
 import deltaw
 from deltaw.core.errors import BaseMismatchError, ConfigError, FileError, MergeError, UseError
+from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Site, get
 from deltaw.core.state import AdapterState
 from deltaw.formats import directory
+from deltaw.methods.full import Full
 from deltaw.mixing import exact
 from deltaw.mixing.convert import Conversion, Converted
 from deltaw.models.base import outline
@@ -219,9 +221,6 @@ def test_what_is_no_lora_is_refused_with_the_way_out(make: Any, reason: str, tin
 
 
 def test_biases_stacks_convolutions_and_loftq_are_refused_too(tmp_path: Path) -> None:
-    from deltaw.core.host import HostSpec
-    from deltaw.methods.full import Full
-
     def state(method: Method, spec: HostSpec, slot: str = "weight", **tensors: torch.Tensor) -> AdapterState:
         return AdapterState({Site("a.b", slot): method}, {Site("a.b", slot): tensors}, {Site("a.b", slot): spec})
 
@@ -425,6 +424,23 @@ def test_a_scaled_bias(tmp_path: Path) -> None:
         one.engine: one.verdict for one in engines.check(read_facts(tmp_path / "b", base_of(outline(str(base)))))
     }
     assert verdicts["vllm"] == verdicts["ollama"] == "refuses" and verdicts["sglang"] == "computes something else"
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "words"),
+    [
+        (1e6, UseError, "too large for this dtype.*it overflows fp16"),
+        (1e-8, MergeError, "try --dtype fp32: a.q_proj: read back it differs by"),
+    ],
+)
+def test_what_half_precision_cannot_hold(size: float, error: type[Exception], words: str, tmp_path: Path) -> None:
+    site, method = Site("a.q_proj"), deltaw.LoRA(rank=2, alpha=2.0)
+    tensors = {"lora_A": torch.randn(2, 6), "lora_B": size * torch.randn(8, 2)}
+    directory.write(AdapterState({site: method}, {site: tensors}, {site: HostSpec((8, 6))}), tmp_path / "a")
+    with pytest.raises(error, match=words):
+        export(tmp_path / "a", tmp_path / "b", fill=False, dtype="fp16")
+    assert not (tmp_path / "b").exists()
+    assert export(tmp_path / "a", tmp_path / "b", fill=False).error < 1e-2  # bf16 has the range of fp32
 
 
 def test_a_quantised_base_is_said(tiny: nn.Module, tmp_path: Path) -> None:
