@@ -42,7 +42,12 @@ def test_check_writes_nothing(run, adapter: Path) -> None:
     code, out, _ = run("export", "--check", adapter)
     assert code == 0 and sorted(adapter.iterdir()) == before
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines if not line.startswith(" ")] == ["engine", *ENGINES]
+    assert [line.split()[0] for line in lines if line and not line.startswith(" ")] == [
+        "engine",
+        *ENGINES,
+        "Whether",
+        "deltaw",
+    ]
     assert "    mis-scales: use_rslora is not read: it scales q_proj by 2 instead of 4" in lines
     assert any("q_proj without v_proj" in line for line in lines)
 

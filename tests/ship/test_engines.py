@@ -373,6 +373,10 @@ def test_verdict_and_table(good: Folder, tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_read_is_a_sentence(good: Folder, tmp_path: Path) -> None:
     with pytest.raises(FileError, match="no adapter folder"):
         read_facts(tmp_path / "none")
+    (tmp_path / "run/adapter").mkdir(parents=True)
+    (tmp_path / "run/adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(FileError, match=r"run holds no adapter in PEFT's form, .*; there is one in .*run/adapter"):
+        read_facts(tmp_path / "run")
     good.config |= {"rank_pattern": "q_proj", "modules_to_save": "lm_head", "alpha_pattern": {"(": 3}}
     with pytest.raises(
         FileError, match=r"is not PEFT's \(3 faults\)(.|\n)*modules_to_save='lm_head' is not a list of names"
@@ -404,7 +408,6 @@ REAL: dict[str, dict[str, set[str]]] = {
         "refuses": {"ollama", "tgi"},
         "takes it": {*VLLM, "sglang", "lorax", "llama.cpp"},
     },  # a pickle
-    "catundchat__stable-diffusion-v1.5-lora": {"refuses": set(engines.ENGINES)},
 }
 
 

@@ -1,6 +1,7 @@
 """Exports: PEFT loads the folder to the logits of the adapter, whatever the method was; what cannot be is refused and said."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from torch import nn
 
 import deltaw
 from deltaw.core.errors import BaseMismatchError, ConfigError, FileError, MergeError, UseError
+from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Site, get
 from deltaw.core.state import AdapterState
 from deltaw.formats import directory
+from deltaw.methods.full import Full
 from deltaw.mixing import exact
 from deltaw.mixing.convert import Conversion, Converted
 from deltaw.models.base import outline
@@ -127,12 +130,17 @@ def test_what_has_no_factors_is_cut_and_the_error_shown(name: str, tiny: nn.Modu
     wanted, plain = ours(tiny, source), logits(tiny, probe(tiny))
     got = theirs(tmp_path / "b")
     assert apart(got, wanted) < max(2 * done.error, 1e-4) * apart(plain, wanted)
+    assert all(one.takes for one in engines.check(read_facts(tmp_path / "b", base_of(outline("tiny")))))
     full = export(source, tmp_path / "c", rank=128, dtype="fp32")
     assert full.modules["model.layers.0.self_attn.v_proj"].error < 1e-5  # 128 × 256: nothing to lose
     assert 0.01 < done.error < 1 and full.error < done.error
     manifest = json.loads((tmp_path / "b" / MANIFEST).read_text())
     assert manifest["largest_relative_error"] == done.error and manifest["base"]["name"] == "tiny"
     assert manifest["parents"] == [directory.open_directory(source).digest]
+    assert (
+        manifest["file"]
+        == f"sha256:{hashlib.sha256((tmp_path / 'b/adapter_model.safetensors').read_bytes()).hexdigest()}"
+    )
     assert manifest["tensors"] == directory.open_directory(tmp_path / "b").digest
 
 
@@ -213,9 +221,6 @@ def test_what_is_no_lora_is_refused_with_the_way_out(make: Any, reason: str, tin
 
 
 def test_biases_stacks_convolutions_and_loftq_are_refused_too(tmp_path: Path) -> None:
-    from deltaw.core.host import HostSpec
-    from deltaw.methods.full import Full
-
     def state(method: Method, spec: HostSpec, slot: str = "weight", **tensors: torch.Tensor) -> AdapterState:
         return AdapterState({Site("a.b", slot): method}, {Site("a.b", slot): tensors}, {Site("a.b", slot): spec})
 
@@ -349,6 +354,44 @@ def test_what_peft_wrote_computes_the_same_after_the_export(dora: bool, tmp_path
     assert apart(theirs(tmp_path / "b"), wanted) < max(1e-4, 2 * done.error) * effect + 1e-5 and effect > 0.1
 
 
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+FAMILIES: dict[str, Any] = {
+    "Qwen2": {**SMALL, "intermediate_size": 48}, "Gemma2": {**SMALL, "intermediate_size": 48, "head_dim": 8},
+    "Qwen3": {**SMALL, "intermediate_size": 48, "head_dim": 8},
+    "GPT2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, tmp_path: Path) -> None:
+    """Biases, tied heads, transposed layers: PEFT's logits, and the honest exception of Ollama's two architectures."""
+    import transformers
+    from peft import PeftModel
+
+    kind = getattr(transformers, f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
+    torch.manual_seed(0)
+    model = kind(getattr(transformers, f"{family}Config")(**FAMILIES[family])).eval()
+    model.save_pretrained(tmp_path / "base")
+    method = deltaw.LoRA(rank=4, alpha=8, rslora=True, rank_pattern={".*proj": 3}, alpha_pattern={".*attn.*": 3})
+    source = trained(model, method, tmp_path / "a", targets="all-linear", std=0.2)
+    done = export(source, tmp_path / "b", model=str(tmp_path / "base"), dtype="fp32")
+    plain, wanted = logits(model, probe(model)), ours(model, source)
+    got = logits(PeftModel.from_pretrained(model, str(tmp_path / "b")).eval(), probe(model))
+    assert done.error < 1e-6 and apart(got, wanted) < 1e-4 * apart(plain, wanted) + 1e-6 < 1e-3 * apart(plain, wanted)
+    refused = {
+        one.engine
+        for one in engines.check(read_facts(tmp_path / "b", base_of(outline(str(tmp_path / "base")))))
+        if not one.takes
+    }
+    assert refused == (set() if family == "Gemma2" else {"ollama"})
+
+
 def test_a_scaled_bias(tmp_path: Path) -> None:
     """IA³ scales the layer's bias too: no engine takes a bias, PEFT does."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -381,6 +424,23 @@ def test_a_scaled_bias(tmp_path: Path) -> None:
         one.engine: one.verdict for one in engines.check(read_facts(tmp_path / "b", base_of(outline(str(base)))))
     }
     assert verdicts["vllm"] == verdicts["ollama"] == "refuses" and verdicts["sglang"] == "computes something else"
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "words"),
+    [
+        (1e6, UseError, "too large for this dtype.*it overflows fp16"),
+        (1e-8, MergeError, "try --dtype fp32: a.q_proj: read back it differs by"),
+    ],
+)
+def test_what_half_precision_cannot_hold(size: float, error: type[Exception], words: str, tmp_path: Path) -> None:
+    site, method = Site("a.q_proj"), deltaw.LoRA(rank=2, alpha=2.0)
+    tensors = {"lora_A": torch.randn(2, 6), "lora_B": size * torch.randn(8, 2)}
+    directory.write(AdapterState({site: method}, {site: tensors}, {site: HostSpec((8, 6))}), tmp_path / "a")
+    with pytest.raises(error, match=words):
+        export(tmp_path / "a", tmp_path / "b", fill=False, dtype="fp16")
+    assert not (tmp_path / "b").exists()
+    assert export(tmp_path / "a", tmp_path / "b", fill=False).error < 1e-2  # bf16 has the range of fp32
 
 
 def test_a_quantised_base_is_said(tiny: nn.Module, tmp_path: Path) -> None:

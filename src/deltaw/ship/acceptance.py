@@ -175,10 +175,14 @@ def table(opinions: Sequence[Opinion]) -> str:
 
 
 def read_facts(folder: Path, base: Base | None = None, *, allow_pickle: bool = False) -> Facts:
-    """What is in an adapter folder. FileError where there is none, or where its files cannot be read at all."""
+    """What is in an adapter folder. FileError where it holds none, or where its files cannot be read at all."""
     if not folder.is_dir():
         raise FileError(f"no adapter folder {str(folder)!r}")
     files = frozenset(file.name for file in folder.iterdir())
+    if not files & {CONFIG, WEIGHTS, PICKLED}:
+        below = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+        hint = f"; there is one in {folder / below[0]}" if below else ""
+        raise FileError(f"{folder} holds no adapter in PEFT's form, neither {CONFIG} nor {WEIGHTS}{hint}")
     config = read_json(folder / CONFIG, AGAIN) if CONFIG in files else {}
     wrong = [
         f"{key}={config[key]!r} is not {words}" for key, check in SOUND.items() if (words := check(config.get(key)))

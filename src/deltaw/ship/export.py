@@ -11,6 +11,7 @@ lora_manifest.json beside it says where it came from; engines ignore it.
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from deltaw.formats import directory
 from deltaw.formats.layout import Layout
 from deltaw.formats.manifest import digest
 from deltaw.formats.peft import to_peft
-from deltaw.formats.weights import read_tensors
+from deltaw.formats.weights import WEIGHTS, read_tensors
 from deltaw.mixing.convert import Conversion, Converted, to_lora
 from deltaw.models.adapters import layout
 from deltaw.models.base import load_base
@@ -259,6 +260,7 @@ def _manifest(done: Exported, folder: Path, stored: directory.Stored) -> str:
         "tool": f"deltaw {__version__}",
         "profile": done.profile,
         "tensors": digest(read_tensors(folder, allow_pickle=False)),
+        "file": f"sha256:{hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()}",
         "parents": [stored.digest],
         "base": {"name": stored.base_name} if known is None else known.to_dict(),
         "rank": done.rank,
