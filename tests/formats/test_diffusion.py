@@ -8,6 +8,10 @@ import diffusers
 import peft
 import pytest
 import torch
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_non_diffusers_lora_to_diffusers,
+    _maybe_map_sgm_blocks_to_diffusers,
+)
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils.state_dict_utils import (
     convert_state_dict_to_diffusers,
@@ -21,9 +25,10 @@ from safetensors.torch import load_file, save_file
 import deltaw
 from deltaw import DoRA, LoRA
 from deltaw.core.errors import FileError, UseError
+from deltaw.core.method import Site
 from deltaw.formats import directory
 from deltaw.formats.detect import detect
-from deltaw.formats.diffusers import from_diffusers
+from deltaw.formats.diffusers import from_diffusers, place
 from deltaw.formats.kohya import from_kohya, to_kohya
 from deltaw.formats.kohya_names import names, table
 from deltaw.formats.weights import read_file
@@ -277,8 +282,23 @@ def test_names_are_exact_both_ways(family: str, bases: dict[str, Path]) -> None:
     parts = outlines(str(bases[family])).parts
     written, known = names(parts), table(parts)
     assert len(set(written.values())) == len(written) == sum(len(layout.specs) for layout in parts.values())
-    for place, name in written.items():
-        assert known[name] == [place]
+    for where, name in written.items():
+        assert known[name] == [where]
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_names_are_those_that_diffusers_takes_apart_by_rule(family: str, bases: dict[str, Path]) -> None:
+    parts = outlines(str(bases[family])).parts
+    written = {w: name for w, name in names(parts).items() if not parts[w[0]].specs[Site(w[1])].lookup}
+    file = {f"{name}.lora_{way}.weight": torch.ones(1, 1) for name in written.values() for way in ("down", "up")}
+    renamed = _maybe_map_sgm_blocks_to_diffusers(file, build(family)["unet"].config)
+    flat, _ = _convert_non_diffusers_lora_to_diffusers(renamed)
+    found = {placed[:2] for key in flat if (placed := place(key)) is not None}
+    old = {
+        (role, path) if role == "unet" or path.startswith("text_") else (role, f"text_model.{path}")
+        for role, path in written
+    }
+    assert found == old
 
 
 @pytest.mark.shared

@@ -58,7 +58,7 @@ def place(key: str) -> tuple[str | None, str, str] | None:
             _END[hit["old"]],
         )
     if hit["path"]:
-        return hit["role"], hit["path"].replace(".processor", ""), _END[hit["way"]]
+        return hit["role"], hit["path"].replace(".processor.", "."), _END[hit["way"]]
     return (hit["role"], hit["module"], hit["end"]) if hit["module"] else (hit["role"], hit["scaled"], "alpha")
 
 

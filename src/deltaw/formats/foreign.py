@@ -8,7 +8,7 @@ Every tensor must land: on a module that the base has, in a shape that fits it. 
 the real model (`deltaw.models.outlines`), so that names are looked up and never guessed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,11 +43,16 @@ class Reading:
         """The shape of the layer at `path`, or None with a fault that names the key."""
         layout = self.parts[role]
         found = layout.specs.get(Site(path))
-        if found is None:
+        if found is None and path in layout.entries:
+            self.found.append(f"key {key!r}: {path!r} of the base has no weight that carries adapters")
+        elif found is None:
             layers = [site.path for site in layout.specs]
-            why = "carries no weight" if path in layout.entries else "is no module"
-            self.found.append(f"key {key!r}: {path!r} {why} of the base{did_you_mean(path, layers)}")
+            self.found.append(f"key {key!r}: {path!r} is no module of the base{self.near(path, layers)}")
         return found
+
+    def near(self, given: str, known: Iterable[str]) -> str:
+        """`did_you_mean`, of the first few faults: looking for it takes longer than all the rest."""
+        return did_you_mean(given, known) if len(self.found) < 5 else ""
 
     def put(self, role: str, path: str, method: Method, tensors: Mapping[str, Tensor]) -> None:
         """Place an adapter at the weight of a module that is there; a fault where it does not fit."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from deltaw.core.errors import UseError, did_you_mean, faults
+from deltaw.core.errors import UseError, faults
 from deltaw.core.state import AdapterState
 from deltaw.formats import lycoris
 from deltaw.formats.foreign import Parts, Reading, States, number
@@ -45,7 +45,7 @@ def from_kohya(tensors: Mapping[str, Tensor], parts: Parts) -> tuple[States, lis
         places = known.get(name, [])
         if len(places) != 1:
             several = f"may mean {' or '.join(path for _, path in places)}" if places else "is no module"
-            reading.found.append(f"{name!r} {several} of the base{'' if places else did_you_mean(name, known)}")
+            reading.found.append(f"{name!r} {several} of the base{'' if places else reading.near(name, known)}")
             continue
         ((role, path),) = places
         spec = reading.spec(role, path, name)

@@ -88,8 +88,9 @@ def names(parts: Parts) -> dict[tuple[str, str], str]:
 
 def _clip(role: str, path: str) -> Iterator[str]:
     """The path of a text encoder's module with the level `text_model` that it lacks, or without the one it has."""
-    if role.startswith("text_encoder"):
-        yield path.removeprefix(f"{CLIP}.") if path.startswith(f"{CLIP}.") else f"{CLIP}.{path}"
+    first = path.partition(".")[0]
+    if role.startswith("text_encoder") and first in (CLIP, "encoder", "embeddings"):
+        yield path.removeprefix(f"{CLIP}.") if first == CLIP else f"{CLIP}.{path}"
 
 
 def sgm(entries: Collection[str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from deltaw.core.errors import UseError
 from deltaw.core.host import HostSpec
 from deltaw.formats.foreign import Parts, Piece, Reading, States, grouped, lora
+from deltaw.formats.peft_valid import positive
 
 KEY = re.compile(r"(?:module\.)?(?P<path>.+)\.(?P<end>lora_A|lora_B|bias)")
 """Every key of such a file; `module.` is left by DistributedDataParallel."""
@@ -38,11 +39,12 @@ def from_loralib(
 
     UseError where alpha is missing, or a fused layer does not say which blocks; FileError for keys and shapes.
     """
-    if alpha is None or alpha == 0:
+    if not positive(alpha):
         raise UseError(
             "loralib's files hold no alpha, and the change is scaled by alpha/r: say the lora_alpha that it was trained "
             "with (--alpha 16)"
         )
+    assert alpha is not None
     reading, pairs, biases = Reading(parts), dict[str, dict[str, Tensor]](), dict[str, Tensor]()
     for key, tensor in tensors.items():
         hit = KEY.fullmatch(key)

@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from deltaw.core.errors import UseError
+from deltaw.core.errors import ConfigError, UseError
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Shapes
 from deltaw.formats.foreign import Piece, lora, number, shaped
@@ -64,6 +64,8 @@ def read(group: Mapping[str, Tensor], spec: HostSpec) -> Piece | str:
     except (RuntimeError, IndexError):  # torch, of shapes that do not go together
         shapes = ", ".join(f"{end} {tuple(tensor.shape)}" for end, tensor in sorted(group.items()))
         return f"its tensors do not go together: {shapes}"
+    except ConfigError as error:  # an alpha or a rank that is none
+        return str(error)
 
 
 def _read(group: Mapping[str, Tensor], spec: HostSpec) -> Piece | str:

@@ -3,7 +3,8 @@
     layer              lora_a           lora_b         m        ours
     Linear             [in, r]          [r, out]       [out]    A = lora_aᵀ, B = lora_bᵀ, magnitude = m (DoRA)
     Embedding          [vocab, r]       [r, dim]                A = lora_aᵀ, B = lora_bᵀ
-    SwitchLinear       [E, r, in]       [E, out, r]             the same, of a stack of experts
+
+Experts (SwitchLinear) have other modules and names in transformers, which fuses gate and up: their keys are unknown here.
 
 y = W x + scale · (x · lora_a) · lora_b: the scale is a number of its own and no α/r. Folders that also hold an `alpha`
 mean scale · alpha/r in mlx-lm of early 2024, and ignore it later: the user says which.
@@ -20,6 +21,7 @@ from torch import Tensor
 from deltaw.core.errors import FileError, UseError
 from deltaw.core.host import HostSpec
 from deltaw.formats.foreign import Parts, Piece, Reading, States, lora
+from deltaw.formats.peft_valid import number, positive
 
 KEY = re.compile(r"(?P<path>.+)\.(?P<end>lora_a|lora_b|m)")
 """Every key of such a file."""
@@ -34,11 +36,11 @@ def scale_of(config: Mapping[str, Any]) -> float:
     if kind not in ("lora", "dora"):
         raise FileError(f"fine_tune_type is {kind!r} in the folder's config: only lora and dora are adapters")
     scale = own.get("scale")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale:
+    if not number(scale) or not scale:
         raise FileError(f"the folder's config holds no lora_parameters.scale: {ASK}")
     if own.get("alpha") is not None:
         raise UseError(
-            f"lora_parameters has scale {scale:g} and alpha {own['alpha']:g}: mlx-lm of early 2024 multiplied by "
+            f"lora_parameters has scale {scale:g} and alpha {own['alpha']}: mlx-lm of early 2024 multiplied by "
             f"scale · alpha/rank, later versions by scale alone; {ASK}"
         )
     return float(scale)
@@ -48,6 +50,8 @@ def from_mlx(
     tensors: Mapping[str, Tensor], parts: Parts, config: Mapping[str, Any], *, alpha: float | None = None
 ) -> tuple[States, list[str]]:
     """(states by part, notes). alpha: scale · rank of every layer, in place of what the config says."""
+    if alpha is not None and not positive(alpha):
+        raise UseError(f"alpha {alpha} is not a positive number: {ASK}")
     reading, scale = Reading(parts), None if alpha is not None else scale_of(config)
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -74,14 +78,8 @@ def _piece(group: Mapping[str, Tensor], spec: HostSpec, scale: float | None, alp
     if missing:
         return f"missing {' and '.join(sorted(missing))}"
     a, b, m = group["lora_a"], group["lora_b"], group.get("m")
-    if m is not None and (spec.lookup or spec.stack is not None):
+    if m is not None and spec.lookup:
         return "mlx-lm scales every row of a table by itself (DoRAEmbedding), deltaw's DoRA has no such form"
-    if a.ndim != (2 if spec.stack is None else 3) or b.ndim != a.ndim:
+    if a.ndim != 2 or b.ndim != 2:
         return f"lora_a is {tuple(a.shape)} and lora_b is {tuple(b.shape)}: quantised, or of another kind of layer"
-    rank = a.shape[1]
-    if spec.stack is None:
-        a, b = a.T, b.T
-    method, pair = lora(a, b, alpha if scale is None else scale * rank, m)  # type: ignore[arg-type]
-    if spec.stack is not None:
-        method = type(method)(rank=rank, alpha=method.alpha)  # type: ignore[attr-defined, call-arg]
-    return method, pair
+    return lora(a.T, b.T, scale * a.shape[1] if scale is not None else alpha or 0.0, m)

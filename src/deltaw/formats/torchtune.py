@@ -28,6 +28,7 @@ from torch import Tensor
 
 from deltaw.core.errors import UseError
 from deltaw.formats.foreign import Parts, Reading, States, lora
+from deltaw.formats.peft_valid import positive
 
 KEY = re.compile(
     r"(?P<path>(?:layers\.\d+\.(?:attn|mlp)\.\w+|output))\.(?P<end>lora_a\.weight|lora_b\.weight|magnitude)"
@@ -75,7 +76,7 @@ def from_torchtune(
             f"torchtune's order of rows is not known here for {kind!r} (known: {', '.join(ROTATED)}): take the files "
             "that torchtune wrote for PEFT beside it, and check their logits"
         )
-    if not alpha:
+    if not positive(alpha):
         raise UseError("the file holds no alpha, and no adapter_config.json says it: give lora_alpha (--alpha 16)")
     reading, role, groups = Reading(parts), next(iter(parts)), dict[str, dict[str, Tensor]]()
     heads = {"attn.q_proj": base.get("num_attention_heads"), "attn.k_proj": base.get("num_key_value_heads")}
@@ -102,5 +103,5 @@ def from_torchtune(
                 reading.found.append(f"{path}: lora_b is {tuple(b.shape)}, which is not {count} heads of an even size")
                 continue
             b, m = unpaired(b, count), None if m is None else unpaired(m, count)
-        reading.put(role, other, *lora(a, b, float(alpha), m))
+        reading.put(role, other, *lora(a, b, float(alpha or 0), m))
     return reading.done("torchtune")
