@@ -216,6 +216,8 @@ def test_the_block_of_the_notes(shared: Path) -> None:
         foreign.converted({"lora_config": {"rank": 8, "r": 8}})
     config, _ = foreign.converted({"lora_config": {"rank": 4}, "model_name_or_path": "m", "dataset": "d"})
     assert config["adapter"] == {"method": "lora", "rank": 4} and config["model"] == "m"
+    _, left = foreign.converted({"lora_config": {"rank": 4}, "model_name_or_path": "m", "dataset": "d", "lora_rank": 8})
+    assert [(one.key, one.why) for one in left] == [("lora_rank", "the block lora_config says what the adapter is")]
 
 
 def test_every_option_of_pefts_config_is_known() -> None:
