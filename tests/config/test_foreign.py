@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainingArguments
 
@@ -212,10 +212,13 @@ def test_the_block_of_the_notes(shared: Path) -> None:
         "method": "lora", "rank": 32, "alpha": 64, "dropout": 0.05,
         "targets": ["q_proj", "v_proj", "k_proj", "o_proj", "up_proj", "down_proj"],
     }  # fmt: skip
-    with pytest.raises(ConfigError, match="rank and r"):
-        foreign.converted({"lora_config": {"rank": 8, "r": 8}})
+    for twice in ({"rank": 8, "r": 8}, {"rank": 8, "lora_rank": 8}):
+        with pytest.raises(ConfigError, match=" and ".join(twice)):
+            foreign.converted({"lora_config": twice})
     config, _ = foreign.converted({"lora_config": {"rank": 4}, "model_name_or_path": "m", "dataset": "d"})
     assert config["adapter"] == {"method": "lora", "rank": 4} and config["model"] == "m"
+    _, left = foreign.converted({"lora_config": {"rank": 4}, "model_name_or_path": "m", "dataset": "d", "lora_rank": 8})
+    assert [(one.key, one.why) for one in left] == [("lora_rank", "the block lora_config says what the adapter is")]
 
 
 def test_every_option_of_pefts_config_is_known() -> None:
@@ -234,6 +237,7 @@ def test_every_option_of_pefts_config_is_known() -> None:
         ({"use_dora": True, "lora_dropout": 0.1, "bias": "lora_only"}, {"method": "dora", "dropout": 0.1, "bias": "lora_only"}),
         ({"init_lora_weights": "pissa_niter_4"}, {"init": "pissa", "niter": 4}),
         ({"init_lora_weights": "gaussian"}, {"init": "gaussian"}),
+        ({"init_lora_weights": "eva", "eva_config": dataclasses.asdict(EvaConfig(rho=1.5))}, {"init": "eva", "rho": 1.5}),
         ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"^a.b": 3}}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"^a.b": 3}}),
         ({"modules_to_save": ["lm_head"], "layers_to_transform": [0, 2]}, {"modules_to_save": ["lm_head"], "layers": [0, 2]}),
         ({"target_modules": None, "target_parameters": ["experts.down_proj"]}, {"targets": ["experts.down_proj"]}),
@@ -247,7 +251,7 @@ def test_values_of_pefts_config(record: dict, expected: dict) -> None:
 def test_what_pefts_config_has_and_we_have_not() -> None:
     named = {
         "init_lora_weights": False, "lora_bias": True, "task_type": "SEQ_CLS", "layers_pattern": "h", "revision": "v2",
-        "eva_config": {"rho": 2.0}, "some_new_switch": True, "trainable_token_indices": [1],
+        "eva_config": {"rho": 2.0, "whiten": True}, "some_new_switch": True, "trainable_token_indices": [1],
     }  # fmt: skip
     _, left = lora(target_modules=["a"], **named)
     assert named.items() <= left.items()

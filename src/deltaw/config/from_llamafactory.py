@@ -98,6 +98,9 @@ REASONS = explained(
         "which columns are read depends on the form of the rows": "remove_unused_columns",
     }
 )
+ADAPTER = words(
+    "lora_rank lora_alpha lora_dropout lora_target additional_target use_rslora use_dora pissa_init pissa_iter loraplus_lr_ratio"
+)
 SIGNS = words(
     "model_name_or_path stage finetuning_type lora_rank lora_target quantization_bit cutoff_len dataset_dir max_samples pissa_init",
     "loraplus_lr_ratio adapter_name_or_path",
@@ -105,9 +108,10 @@ SIGNS = words(
 """Keys that tell its configurations."""
 KNOWN = words(
     "create_new_adapter quantization_method quantization_type double_quantization dataset eval_dataset val_size train_on_prompt",
-    "mask_history streaming lora_alpha lora_dropout additional_target use_rslora use_dora pissa_iter pissa_convert max_steps",
+    "mask_history streaming pissa_convert max_steps",
     "lr_scheduler_type warmup_ratio warmup_steps bf16 fp16 pure_bf16 optim logging_steps save_steps eval_steps group_by_length",
     "report_to output_dir disable_gradient_checkpointing gradient_checkpointing",
+    *ADAPTER,
     *SIGNS,
     *PLAIN,
 )
@@ -127,6 +131,8 @@ def converted(record: Mapping[str, Any], adapter: Mapping[str, Any] | None = Non
         )
     if found:
         raise faults(ConfigError, "this configuration of LLaMA-Factory", found)
+    for key in ADAPTER if adapter is not None else ():
+        given.leave(key, "the block lora_config says what the adapter is")
     config = {
         "model": given.take("model_name_or_path"),
         "quantize": _quantize(given),
@@ -143,7 +149,8 @@ def converted(record: Mapping[str, Any], adapter: Mapping[str, Any] | None = Non
 
 def _names(value: Any) -> list[str]:
     """identity,alpaca_en_demo → both"""
-    return [str(one).strip() for one in (value.split(",") if isinstance(value, str) else value or ())]
+    listed = value if isinstance(value, list | tuple) else [] if value is None else str(value).split(",")
+    return [str(one).strip() for one in listed]
 
 
 def _quantize(given: Given) -> str | None:
@@ -195,11 +202,8 @@ def _sources(names: Any, folder: str, rows: Any) -> Any:
 def _adapter(given: Given) -> dict[str, Any]:
     start = _names(given.take("adapter_name_or_path"))
     fresh = given.take("create_new_adapter", False)
-    own = words(
-        "lora_rank lora_alpha lora_dropout lora_target additional_target use_rslora use_dora pissa_init pissa_iter"
-    )
     if len(start) == 1 and not fresh:
-        for key in (*own, "loraplus_lr_ratio"):
+        for key in ADAPTER:
             given.leave(key, "the adapter that training goes on from brings its own")
         return {"from": start[0]}
     if start:

@@ -2,7 +2,7 @@
 
     r 8, lora_alpha 8, lora_dropout     rank, alpha, dropout
     use_rslora, use_dora                rslora, method: dora
-    init_lora_weights                   init: kaiming, gaussian, pissa (pissa_niter_16: niter 16), olora, eva, loftq
+    init_lora_weights                   init: kaiming, gaussian, pissa (pissa_niter_16: niter 16), olora, eva (rho), loftq
     target_modules, exclude_modules     targets, exclude
     layers_to_transform                 layers
     rank_pattern, alpha_pattern, bias, modules_to_save, target_parameters (among the targets)
@@ -38,12 +38,13 @@ REASONS = explained(
         "a hub id is loaded at its newest revision: give a folder for another": "revision",
         "name the tokens themselves in data.tokens: their rows are trained with the adapter": "trainable_token_indices",
         "layers are told by their number alone": "layers_pattern",
-        "adapters of tied modules are trained as one where the base ties them": "ensure_weight_tying",
+        "an adapter of a tied weight is one adapter here, or an error that says so": "ensure_weight_tying",
         "there is no bias on B here": "lora_bias",
         "there is no such LoRA here": "use_qalora use_bdlora alora_invocation_tokens layer_replication kasa_config velora_config "
         "monteclora_config arrow_config corda_config lora_ga_config qalora_group_size enable_lora",
         "there are no Megatron layers here": "megatron_config megatron_core",
-        "its further options have no counterpart: init: eva has rho, init: loftq and pissa have niter": "eva_config loftq_config",
+        "of init: eva only rho is a choice here": "eva_config",
+        "the bits are those of `quantize`, and there is one turn": "loftq_config",
         "merging is a verb of its own here": "merge_weights",
     }
 )
@@ -73,9 +74,10 @@ def converted(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[Left]]:
 
 def block(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[Left]]:
     """The mapping under `lora_config:` as our adapter section."""
-    twice = [f"{key} and {NAMES[key]}" for key in record if NAMES.get(key) in record]
+    meant = [NAMES.get(key, key) for key in record]
+    twice = [key for key in record if meant.count(NAMES.get(key, key)) > 1]
     if twice:
-        raise ConfigError(f"lora_config says one thing twice, {twice[0]}: leave one out")
+        raise ConfigError(f"lora_config says one thing twice, {' and '.join(map(str, twice))}: leave one out")
     given = Given({NAMES.get(key, key): value for key, value in record.items()})
     found = adapter(given, rank=None, alpha=None)
     return found, given.finish(REASONS, [*KNOWN, *NAMES], "lora_config")
@@ -109,10 +111,29 @@ def _init(given: Given) -> dict[str, Any]:
     value = given.take("init_lora_weights", True)
     word, _, turns = str(value).lower().partition("_niter_")
     if word in INITS and (not turns or (word == "pissa" and turns.isdigit())):
-        return {"init": INITS[word], **({"niter": int(turns)} if turns else {})}
+        return {
+            "init": INITS[word],
+            "niter": int(turns) if turns else None,
+            "rho": _rho(given) if word == "eva" else None,
+        }
     because = "B would start at random and change the base" if value is False else "there is no such start here"
     given.left_out("init_lora_weights", value, f"{because}: A starts at random and B at zero")
     return {}
+
+
+def _rho(given: Given) -> Any:
+    """Of EVA's options; the others are what they are here by default, or left."""
+    options = given.peek("eva_config")
+    if isinstance(options, Mapping):
+        default = {"tau": 0.99, "use_label_mask": True, "label_mask_value": -100, "whiten": False}
+        if (
+            not options.keys()
+            - {"rho", "adjust_scaling_factors"}
+            - {k for k, v in default.items() if options.get(k) == v}
+        ):
+            given.take("eva_config")
+        return options.get("rho")
+    return None
 
 
 def _targets(given: Given) -> Any:

@@ -45,12 +45,13 @@ def audit(library: Library, each: Callable[[int, int], None] = lambda done, tota
             if record is not None:
                 records[digest] = record
             each(number, len(digests))
+        there = set(digests)
         for name, history in histories.items():
             faults += [
                 f"{name}@{one.number} points to {names.short(one.digest)}, which is not there: restore it, or remove "
                 f"{name if one == history.current else f'{name}@{one.number}'}"
                 for one in history.generations
-                if one.digest not in digests
+                if one.digest not in there
             ]
         held = by_tensors(records)
         for digest, record in records.items():
