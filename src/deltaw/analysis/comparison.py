@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.analysis.describe import Weights, Work, decomposed_cheaply, is_matrix
+from deltaw.analysis.describe import Weights, Work, is_matrix, is_quick
 from deltaw.analysis.layers import folded
 from deltaw.analysis.similarity import by_chance, inner, phi, phis
-from deltaw.analysis.spectrum import mean, of_values
+from deltaw.analysis.spectrum import directions, mean, of_values
 from deltaw.analysis.tables import number, span
 from deltaw.core.change import Singular, independent
 from deltaw.core.errors import UseError, faults
@@ -96,10 +96,11 @@ def compare(
 
 def _each(state: AdapterState, site: Site, weights: Weights | None, work: Work | None) -> list[Singular] | str:
     """ΔW of the site as its decompositions, one for each weight of a stack; or why there is none."""
-    svd, name = decomposed_cheaply(state, site, work), state.methods[site].name
+    factors, name = state.factors(site), state.methods[site].name
+    svd = directions(state, site) if factors is not None and is_quick(factors, site, work) else None
     if svd is not None:
         return [svd] if svd.s.ndim == 1 else [Singular(*parts) for parts in zip(*svd, strict=True)]
-    if state.factors(site) is not None:
+    if factors is not None:
         return f"{name}: takes long, and was not asked for"
     if not is_matrix(state, site):
         return f"{name}: no matrix"
@@ -130,7 +131,7 @@ def _record(one: list[Singular], other: list[Singular], top: int) -> dict[str, A
 def _used(svd: Singular) -> Singular:
     """Without directions of no size. Of a dense change, whose tail is all directions, those for 90 % of the energy."""
     (spectrum,) = of_values(svd.s)
-    k = spectrum.directions if len(svd.s) < min(svd.u.shape[0], svd.vt.shape[1]) else spectrum.rank(0.9)
+    k = spectrum.full_rank if len(svd.s) < min(svd.u.shape[0], svd.vt.shape[1]) else spectrum.rank(0.9)
     return Singular(svd.u[:, :k], svd.s[:k], svd.vt[:k])
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from deltaw.analysis.amplification import Amplification, amplification
 from deltaw.analysis.intruders import intruders, seconds
 from deltaw.analysis.norms import norm
-from deltaw.analysis.spectrum import Spectrum, directions, mean, of_dense, of_values
-from deltaw.core.adapter import WeightAdapter
+from deltaw.analysis.spectrum import Spectrum, directions, mean, of_dense, of_factors
+from deltaw.core.adapter import Factors, WeightAdapter
 from deltaw.core.change import Singular, independent
 from deltaw.core.errors import UseError
 from deltaw.core.method import Site
@@ -65,11 +65,9 @@ def costly(state: AdapterState, with_base: bool) -> Work:
     return Work(frozenset(found), seconds(shape for shapes in found.values() for shape in shapes) if found else 0.0)
 
 
-def decomposed_cheaply(state: AdapterState, site: Site, work: Work | None) -> Singular | None:
-    """ΔW from its factors, where it has some and they are few, or `work` holds the site."""
-    factors = state.factors(site)
-    few = factors is not None and factors.a.shape[-2] <= WIDE
-    return directions(state, site) if few or (factors is not None and work is not None and site in work.sites) else None
+def is_quick(factors: Factors, site: Site, work: Work | None) -> bool:
+    """Are there few factors, or does `work` hold the site?"""
+    return factors.a.shape[-2] <= WIDE or (work is not None and site in work.sites)
 
 
 def intruder_seconds(state: AdapterState, count: int) -> float:
@@ -108,9 +106,11 @@ def _record(state: AdapterState, site: Site, weights: Weights | None, work: Work
     }  # fmt: skip
     factors = state.factors(site)
     if factors is not None:
-        svd = decomposed_cheaply(state, site, work)
-        record |= {"norm": norm(factors)} if svd is None else _measures(of_values(svd.s))
-        return record if weights is None else record | _beside(record["norm"], weights(site), svd)
+        quick = is_quick(factors, site, work)
+        record |= _measures(of_factors(factors)) if quick else {"norm": norm(factors)}
+        if weights is None:
+            return record
+        return record | _beside(record["norm"], weights(site), directions(state, site) if quick else None)
     if not _has_change(state, site):
         return record | {"unknown": "no ΔW of its shape" if site in state.specs else "its shape is not known"}
     wanted = work is not None and site in work.sites
