@@ -108,7 +108,8 @@ def _each(state: AdapterState, site: Site, weights: Weights | None, work: Work |
         return f"{name}: takes long, and was not asked for"
     if site not in work.sites:
         return f"{name}: has no ΔW of its shape" if weights is not None else f"{name}: depends on the base"
-    change = delta(state, site, weights(site)) if weights is not None else independent(state, site)
+    weight = None if weights is None else weights(site)
+    change = independent(state, site) if weight is None else delta(state, site, weight)
     if change is None:
         return f"{name}: depends on the base"
     return [Singular(*torch.linalg.svd(change.flatten(1).double(), full_matrices=False))]

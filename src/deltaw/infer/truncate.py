@@ -2,8 +2,8 @@
 
     ΔW = UΣVᵀ  →  U_k Σ_k V_kᵀ at every site (`mixing.to_lora`)  →  loss on rows that were not trained on
 
-A cut after training is an upper bound of the loss that training at the smaller rank would reach: that could use its rank
-otherwise. What is no low-rank change (trained copies, rows of tokens) stays whole in every cut but rank 0.
+A cut after training is as a rule worse than training at the smaller rank, which would use it otherwise. What is no low-rank
+change (trained copies, rows of tokens) stays whole in every cut but rank 0.
 """
 
 from collections.abc import Callable
