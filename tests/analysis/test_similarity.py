@@ -107,6 +107,9 @@ def test_modules_of_only_one_are_listed_and_shapes_must_agree() -> None:
     wide = lora(orthonormal(14, 2), (2.0, 1.0), v, "layers.0.q")
     with pytest.raises(UseError, match=r"different shapes.*layers.0.q: 12×10 and 14×10"):
         compare(one, wide)
+    bare = AdapterState(wide.methods, wide.tensors, {})  # a stranger's file that tells no shape: its factors do
+    with pytest.raises(UseError, match="12×10 and 14×10"):
+        compare(one, bare)
 
 
 def test_a_change_of_nothing_has_no_direction() -> None:

@@ -69,20 +69,20 @@ def compare(
     Raises UseError where nothing is adapted by both, or a site is of two shapes.
     """
     both = [site for site in a.methods if site in b.methods]
-    apart = {
-        site: (a.specs[site].whole, b.specs[site].whole)
-        for site in both
-        if site in a.specs and site in b.specs and a.specs[site].whole != b.specs[site].whole
-    }
-    if apart:
-        found = [f"{site}: {'×'.join(map(str, x))} and {'×'.join(map(str, y))}" for site, (x, y) in apart.items()]
-        raise faults(UseError, "these adapters are for bases of different shapes", found)
     if not both:
         raise UseError(
             f"no module is adapted by both: {next(iter(map(str, a.methods)), 'none')}, … by the one, "
             f"{next(iter(map(str, b.methods)), 'none')}, … by the other"
         )
-    sites, left_out = [], {}
+    shapes = {site: [shape for state in (a, b) if (shape := _shape(state, site))] for site in both}
+    apart = [
+        f"{site}: {' and '.join('×'.join(map(str, s)) for s in two)}"
+        for site, two in shapes.items()
+        if len(set(two)) > 1
+    ]
+    if apart:
+        raise faults(UseError, "these adapters are for bases of different shapes", apart)
+    sites, left_out = list[dict[str, Any]](), dict[str, str]()
     own = weights or (None, None)
     for site in both:
         one, other = (_each(s, site, w, plan) for s, w, plan in zip((a, b), own, work, strict=True))
@@ -90,8 +90,17 @@ def compare(
             left_out[str(site)] = one if isinstance(one, str) else str(other)
         else:
             sites.append({"site": str(site), **_record(one, other, top)})
-    only = [[str(site) for site in x.methods if site not in y.methods] for x, y in ((a, b), (b, a))]
-    return Comparison(sites, *only, left_out, top)
+    only_a, only_b = ([str(site) for site in x.methods if site not in y.methods] for x, y in ((a, b), (b, a)))
+    return Comparison(sites, only_a, only_b, left_out, top)
+
+
+def _shape(state: AdapterState, site: Site) -> tuple[int, ...] | None:
+    """Of ΔW, as far as the file tells: of its layer, else of its factors."""
+    spec = state.specs.get(site)
+    if spec is not None:
+        return (*(() if spec.stack is None else (spec.stack,)), spec.out_features, spec.fan_in)
+    factors = state.factors(site)
+    return None if factors is None else (*factors.a.shape[:-2], factors.b.shape[-2], factors.a.shape[-1])
 
 
 def _each(state: AdapterState, site: Site, weights: Weights | None, work: Work | None) -> list[Singular] | str:

@@ -45,10 +45,8 @@ class Work:
 
 def costly(state: AdapterState, with_base: bool) -> Work:
     """Sites with factors of more than `WIDE` ranks, and those without: with the base all, else what does not depend on it."""
-    found, alone = (
-        dict[Site, list[tuple[int, ...]]](),
-        dict[type, bool](),
-    )  # what depends on the base at one site does at all
+    found: dict[Site, list[tuple[int, ...]]] = {}
+    alone: dict[type, bool] = {}  # what depends on the base at one site does at all
     for site, method in state.methods.items():
         factors = state.factors(site)
         if factors is not None:
@@ -126,9 +124,8 @@ def _record(state: AdapterState, site: Site, weights: Weights | None, work: Work
     svd = Singular(*torch.linalg.svd(change.flatten(1), full_matrices=False))
     (spectrum,) = of_values(svd.s)
     k = spectrum.rank(0.9)  # its tail has all directions of W
-    return (
-        record | _measures([spectrum]) | _beside(record["norm"], weight, Singular(svd.u[:, :k], svd.s[:k], svd.vt[:k]))
-    )
+    main = Singular(svd.u[:, :k], svd.s[:k], svd.vt[:k])
+    return record | _measures([spectrum]) | _beside(record["norm"], weight, main)
 
 
 def _measures(each: Sequence[Spectrum]) -> dict[str, Any]:

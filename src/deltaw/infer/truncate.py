@@ -79,7 +79,9 @@ class Truncation:
     @property
     def table(self) -> list[tuple[str, ...]]:
         """Cells, the head first."""
-        lines = [("rank", "held-out loss", "of the gain kept", "of a module's ‖ΔW‖² lost at most")]
+        lines: list[tuple[str, ...]] = [
+            ("rank", "held-out loss", "of the gain kept", "of a module's ‖ΔW‖² lost at most")
+        ]
         lines.append(("as it is", f"{self.loss:.4f}", "100.0%", "–"))
         for cut in self.cuts:
             name = str(cut.rank) if cut.rank else "0, the base"
@@ -143,5 +145,5 @@ def highest(state: AdapterState) -> int:
         elif method.host is WeightHost and not method.follows_ties:
             known.append(min(MOST, state.specs[site].out_features, state.specs[site].fan_in))
     if not known:
-        raise UseError("the adapter has no change that could be cut to a rank: it holds trained copies alone")
+        raise UseError("the adapter changes no weight in a way that could be cut to a rank")
     return max(known)
