@@ -107,6 +107,9 @@ def test_modules_of_only_one_are_listed_and_shapes_must_agree() -> None:
     wide = lora(orthonormal(14, 2), (2.0, 1.0), v, "layers.0.q")
     with pytest.raises(UseError, match=r"different shapes.*layers.0.q: 12×10 and 14×10"):
         compare(one, wide)
+    bare = AdapterState(wide.methods, wide.tensors, {})  # a stranger's file that tells no shape: its factors do
+    with pytest.raises(UseError, match="12×10 and 14×10"):
+        compare(one, bare)
 
 
 def test_a_change_of_nothing_has_no_direction() -> None:
@@ -132,3 +135,31 @@ def test_methods_without_factors() -> None:
 
     based = compare(dora, dora, (weights, weights), work=(costly(dora, True),) * 2)
     assert based.cosine == pytest.approx(1) and len(based.sites) == 2
+
+
+def test_two_seeds_of_one_task_share_what_random_does_not() -> None:
+    """From any start both find the directions of the change that the task wants."""
+    import deltaw
+
+    goal = 3 * orthonormal(40, 2, 1).float() @ orthonormal(60, 2, 2).float().T
+    model = torch.nn.Sequential(torch.nn.Linear(60, 40, bias=False))
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        deltaw.attach(model, LoRA(rank=4, alpha=4), targets="0", name="a")
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+        for _ in range(40):
+            x = torch.randn(64, 60)
+            wanted = x @ (model[0].weight + goal).T
+            loss = (model(x) - wanted).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        states.append(deltaw.extract(model, "a"))
+        deltaw.detach(model, "a")
+    found = compare(*states, top=2)
+    (left, chance), (right, right_chance) = found.share("left", "top"), found.share("right", "top")  # type: ignore[misc]
+    assert left > 8 * chance and right > 8 * right_chance
+    strangers = compare(*(attached(model, LoRA(rank=4, alpha=4), seed=seed) for seed in (3, 4)), top=2)
+    (by_accident, chance) = strangers.share("left", "top")  # type: ignore[misc]
+    assert by_accident < 4 * chance

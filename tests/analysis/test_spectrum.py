@@ -27,8 +27,8 @@ def test_equal_directions_count_each() -> None:
 
 def test_one_direction_is_rank_one_and_nothing_is_rank_zero() -> None:
     one, none = Spectrum((2.0, 0.0)), Spectrum((0.0, 0.0))
-    assert (one.effective_rank, one.stable_rank, one.directions, one.rank(0.99)) == (1.0, 1.0, 1, 1)
-    assert (none.effective_rank, none.stable_rank, none.directions, none.rank(0.9), none.energy) == (0, 0, 0, 0, ())
+    assert (one.effective_rank, one.stable_rank, one.full_rank, one.rank(0.99)) == (1.0, 1.0, 1, 1)
+    assert (none.effective_rank, none.stable_rank, none.full_rank, none.rank(0.9), none.energy) == (0, 0, 0, 0, ())
 
 
 def test_the_entropy_of_roy_and_vetterli() -> None:
@@ -57,7 +57,7 @@ def test_factors_of_more_rank_than_the_change_has() -> None:
     u, v = orthonormal(20, 2), orthonormal(20, 2, 1)
     twice = lora(torch.cat([u, u], 1), (1.0, 2.0, 1.0, 2.0), torch.cat([v, v], 1))
     (found,) = next(iter(spectra(twice).values()))  # type: ignore[arg-type]
-    assert len(found.values) == 4 and found.directions == 2 and found.values[:2] == pytest.approx((4.0, 2.0), rel=1e-5)
+    assert len(found.values) == 4 and found.full_rank == 2 and found.values[:2] == pytest.approx((4.0, 2.0), rel=1e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

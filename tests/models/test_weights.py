@@ -10,7 +10,7 @@ import transformers
 import deltaw
 from deltaw.core.base import by_path
 from deltaw.core.errors import BaseMismatchError, FileError
-from deltaw.core.host import host_of
+from deltaw.core.host import HostSpec, host_of
 from deltaw.core.method import Site
 from deltaw.core.state import AdapterState
 from deltaw.methods.full import Full
@@ -136,3 +136,20 @@ def test_the_bundled_base() -> None:
     assert not weights.remarks
     for site in state.methods:
         assert torch.equal(weights(site), base.model.get_submodule(site.path).weight.cpu())
+
+
+def test_a_head_that_the_base_does_not_have_is_seen_without_it(tmp_path: Path) -> None:
+    from deltaw.analysis import describe
+
+    state, head = everything(gpt2(tmp_path)), Site("score")
+    more = AdapterState(
+        {**state.methods, head: Full()}, {**state.tensors, head: {"copy": torch.ones(3, 16)}},
+        {**state.specs, head: HostSpec((3, 16), linear=False)}, state.base,
+    )  # fmt: skip
+    weights = BaseWeights(str(tmp_path), more)
+    assert weights(head) is None and "has no score" in weights.remarks[0]
+    *_, record = describe(more, weights)
+    assert record["site"] == "score" and record["norm"] is None and record["of_base"] is None
+    alone = AdapterState({head: Full()}, {head: {"copy": torch.ones(3, 16)}}, {})
+    with pytest.raises(FileError, match="nothing of what the adapter changes: score"):
+        BaseWeights(str(tmp_path), alone)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.analysis.describe import Weights, Work, decomposed_cheaply, is_matrix
+from deltaw.analysis.describe import Weights, Work, is_matrix, is_quick
 from deltaw.analysis.layers import folded
 from deltaw.analysis.similarity import by_chance, inner, phi, phis
-from deltaw.analysis.spectrum import mean, of_values
+from deltaw.analysis.spectrum import directions, mean, of_values
 from deltaw.analysis.tables import number, span
 from deltaw.core.change import Singular, independent
 from deltaw.core.errors import UseError, faults
@@ -69,20 +69,20 @@ def compare(
     Raises UseError where nothing is adapted by both, or a site is of two shapes.
     """
     both = [site for site in a.methods if site in b.methods]
-    apart = {
-        site: (a.specs[site].whole, b.specs[site].whole)
-        for site in both
-        if site in a.specs and site in b.specs and a.specs[site].whole != b.specs[site].whole
-    }
-    if apart:
-        found = [f"{site}: {'×'.join(map(str, x))} and {'×'.join(map(str, y))}" for site, (x, y) in apart.items()]
-        raise faults(UseError, "these adapters are for bases of different shapes", found)
     if not both:
         raise UseError(
             f"no module is adapted by both: {next(iter(map(str, a.methods)), 'none')}, … by the one, "
             f"{next(iter(map(str, b.methods)), 'none')}, … by the other"
         )
-    sites, left_out = [], {}
+    shapes = {site: [shape for state in (a, b) if (shape := _shape(state, site))] for site in both}
+    apart = [
+        f"{site}: {' and '.join('×'.join(map(str, s)) for s in two)}"
+        for site, two in shapes.items()
+        if len(set(two)) > 1
+    ]
+    if apart:
+        raise faults(UseError, "these adapters are for bases of different shapes", apart)
+    sites, left_out = list[dict[str, Any]](), dict[str, str]()
     own = weights or (None, None)
     for site in both:
         one, other = (_each(s, site, w, plan) for s, w, plan in zip((a, b), own, work, strict=True))
@@ -90,16 +90,26 @@ def compare(
             left_out[str(site)] = one if isinstance(one, str) else str(other)
         else:
             sites.append({"site": str(site), **_record(one, other, top)})
-    only = [[str(site) for site in x.methods if site not in y.methods] for x, y in ((a, b), (b, a))]
-    return Comparison(sites, *only, left_out, top)
+    only_a, only_b = ([str(site) for site in x.methods if site not in y.methods] for x, y in ((a, b), (b, a)))
+    return Comparison(sites, only_a, only_b, left_out, top)
+
+
+def _shape(state: AdapterState, site: Site) -> tuple[int, ...] | None:
+    """Of ΔW, as far as the file tells: of its layer, else of its factors."""
+    spec = state.specs.get(site)
+    if spec is not None:
+        return (*(() if spec.stack is None else (spec.stack,)), spec.out_features, spec.fan_in)
+    factors = state.factors(site)
+    return None if factors is None else (*factors.a.shape[:-2], factors.b.shape[-2], factors.a.shape[-1])
 
 
 def _each(state: AdapterState, site: Site, weights: Weights | None, work: Work | None) -> list[Singular] | str:
     """ΔW of the site as its decompositions, one for each weight of a stack; or why there is none."""
-    svd, name = decomposed_cheaply(state, site, work), state.methods[site].name
+    factors, name = state.factors(site), state.methods[site].name
+    svd = directions(state, site) if factors is not None and is_quick(factors, site, work) else None
     if svd is not None:
         return [svd] if svd.s.ndim == 1 else [Singular(*parts) for parts in zip(*svd, strict=True)]
-    if state.factors(site) is not None:
+    if factors is not None:
         return f"{name}: takes long, and was not asked for"
     if not is_matrix(state, site):
         return f"{name}: no matrix"
@@ -107,7 +117,8 @@ def _each(state: AdapterState, site: Site, weights: Weights | None, work: Work |
         return f"{name}: takes long, and was not asked for"
     if site not in work.sites:
         return f"{name}: has no ΔW of its shape" if weights is not None else f"{name}: depends on the base"
-    change = delta(state, site, weights(site)) if weights is not None else independent(state, site)
+    weight = None if weights is None else weights(site)
+    change = independent(state, site) if weight is None else delta(state, site, weight)
     if change is None:
         return f"{name}: depends on the base"
     return [Singular(*torch.linalg.svd(change.flatten(1).double(), full_matrices=False))]
@@ -130,7 +141,7 @@ def _record(one: list[Singular], other: list[Singular], top: int) -> dict[str, A
 def _used(svd: Singular) -> Singular:
     """Without directions of no size. Of a dense change, whose tail is all directions, those for 90 % of the energy."""
     (spectrum,) = of_values(svd.s)
-    k = spectrum.directions if len(svd.s) < min(svd.u.shape[0], svd.vt.shape[1]) else spectrum.rank(0.9)
+    k = spectrum.full_rank if len(svd.s) < min(svd.u.shape[0], svd.vt.shape[1]) else spectrum.rank(0.9)
     return Singular(svd.u[:, :k], svd.s[:k], svd.vt[:k])
 
 

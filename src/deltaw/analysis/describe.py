@@ -19,15 +19,15 @@ from torch import Tensor
 from deltaw.analysis.amplification import Amplification, amplification
 from deltaw.analysis.intruders import intruders, seconds
 from deltaw.analysis.norms import norm
-from deltaw.analysis.spectrum import Spectrum, directions, mean, of_dense, of_values
-from deltaw.core.adapter import WeightAdapter
+from deltaw.analysis.spectrum import Spectrum, directions, mean, of_dense, of_factors, of_values
+from deltaw.core.adapter import Factors, WeightAdapter
 from deltaw.core.change import Singular, independent
 from deltaw.core.errors import UseError
 from deltaw.core.method import Site
 from deltaw.core.state import AdapterState, delta
 
-Weights = Callable[[Site], Tensor]
-"""Site → canonical weight of the base, [out, in, *kernel] (of experts [E, out, in])."""
+Weights = Callable[[Site], Tensor | None]
+"""Site → canonical weight of the base, [out, in, *kernel] (of experts [E, out, in]); None where the base has none there."""
 WIDE = 64
 """Factors of so many ranks are decomposed whatever the number of sites: some milliseconds each."""
 SHOWN = 64
@@ -45,10 +45,8 @@ class Work:
 
 def costly(state: AdapterState, with_base: bool) -> Work:
     """Sites with factors of more than `WIDE` ranks, and those without: with the base all, else what does not depend on it."""
-    found, alone = (
-        dict[Site, list[tuple[int, ...]]](),
-        dict[type, bool](),
-    )  # what depends on the base at one site does at all
+    found: dict[Site, list[tuple[int, ...]]] = {}
+    alone: dict[type, bool] = {}  # what depends on the base at one site does at all
     for site, method in state.methods.items():
         factors = state.factors(site)
         if factors is not None:
@@ -65,11 +63,9 @@ def costly(state: AdapterState, with_base: bool) -> Work:
     return Work(frozenset(found), seconds(shape for shapes in found.values() for shape in shapes) if found else 0.0)
 
 
-def decomposed_cheaply(state: AdapterState, site: Site, work: Work | None) -> Singular | None:
-    """ΔW from its factors, where it has some and they are few, or `work` holds the site."""
-    factors = state.factors(site)
-    few = factors is not None and factors.a.shape[-2] <= WIDE
-    return directions(state, site) if few or (factors is not None and work is not None and site in work.sites) else None
+def is_quick(factors: Factors, site: Site, work: Work | None) -> bool:
+    """Are there few factors, or does `work` hold the site?"""
+    return factors.a.shape[-2] <= WIDE or (work is not None and site in work.sites)
 
 
 def intruder_seconds(state: AdapterState, count: int) -> float:
@@ -93,6 +89,7 @@ def describe(
         known = [site for site, record in records.items() if record["of_base"] and is_matrix(state, site)]
         for site in sorted(known, key=lambda s: -records[s]["of_base"])[:count_intruders]:
             weight = weights(site)
+            assert weight is not None  # it was beside its change before
             found = intruders(weight, delta(state, site, weight))
             records[site]["intruders"] = {**dataclasses.asdict(found), "places": found.places, "share": found.share}
     return list(records.values())
@@ -108,9 +105,11 @@ def _record(state: AdapterState, site: Site, weights: Weights | None, work: Work
     }  # fmt: skip
     factors = state.factors(site)
     if factors is not None:
-        svd = decomposed_cheaply(state, site, work)
-        record |= {"norm": norm(factors)} if svd is None else _measures(of_values(svd.s))
-        return record if weights is None else record | _beside(record["norm"], weights(site), svd)
+        quick = is_quick(factors, site, work)
+        record |= _measures(of_factors(factors)) if quick else {"norm": norm(factors)}
+        if weights is None or (weight := weights(site)) is None:
+            return record
+        return record | _beside(record["norm"], weight, directions(state, site) if quick else None)
     if not _has_change(state, site):
         return record | {"unknown": "no ΔW of its shape" if site in state.specs else "its shape is not known"}
     wanted = work is not None and site in work.sites
@@ -119,8 +118,14 @@ def _record(state: AdapterState, site: Site, weights: Weights | None, work: Work
     if change is None:
         return record | {"unknown": "no factors" if work is None else "depends on the base"}
     record["norm"] = float(torch.linalg.vector_norm(change, dtype=torch.float64))
-    record |= _measures(of_dense(change)) if wanted else {}
-    return record if weight is None else record | _beside(record["norm"], weight, None)
+    if weight is None or not wanted:
+        record |= _measures(of_dense(change)) if wanted else {}
+        return record if weight is None else record | _beside(record["norm"], weight, None)
+    svd = Singular(*torch.linalg.svd(change.flatten(1), full_matrices=False))
+    (spectrum,) = of_values(svd.s)
+    k = spectrum.rank(0.9)  # its tail has all directions of W
+    main = Singular(svd.u[:, :k], svd.s[:k], svd.vt[:k])
+    return record | _measures([spectrum]) | _beside(record["norm"], weight, main)
 
 
 def _measures(each: Sequence[Spectrum]) -> dict[str, Any]:

@@ -67,11 +67,11 @@ def _energy(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float,
     for record in records:
         if record["energy"]:
             groups.setdefault(folded(record["site"]), []).append(record["energy"])
-    lines = {}
+    lines: dict[str, list[tuple[float, float]]] = {}
     for name, group in zip(short(list(groups)), groups.values(), strict=True):
         longest = max(map(len, group))
         whole = [[*one, *[1.0] * (longest - len(one))] for one in group]  # a smaller rank has all of it
-        lines[name] = [(k, mean(shares)) for k, shares in enumerate(zip(*whole, strict=True), 1)]
+        lines[name] = [(float(k), mean(shares)) for k, shares in enumerate(zip(*whole, strict=True), 1)]
     return lines
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaw.core.change import Singular, decomposed
+from deltaw.core.adapter import Factors
+from deltaw.core.change import Singular, decomposed, singular_values
 from deltaw.core.method import Site
 from deltaw.core.state import AdapterState
 
@@ -34,7 +35,7 @@ class Spectrum:
         return math.hypot(*self.values)
 
     @property
-    def directions(self) -> int:
+    def full_rank(self) -> int:
         """Number of singular values above rounding: the rank of ΔW."""
         return sum(value > ROUNDING * self.values[0] for value in self.values)
 
@@ -70,21 +71,28 @@ def of_dense(change: Tensor) -> tuple[Spectrum, ...]:
     return of_values(torch.linalg.svdvals(change.flatten(1)))
 
 
+def of_factors(factors: Factors) -> tuple[Spectrum, ...]:
+    """Of s·B·A from its factors, in fp64: two triangular factors of r columns, never [out, in]."""
+    return of_values(singular_values(_wide(factors)))
+
+
 def directions(state: AdapterState, site: Site) -> Singular | None:
     """ΔW's singular value decomposition from its factors, in fp64; None where it has none.
 
-    u [out, r], s [r], vt [r, fan_in]; of a stack with E in front. Costs two QRs of r columns.
+    u [out, r], s [r], vt [r, fan_in]; of a stack with E in front.
     """
     factors = state.factors(site)
-    if factors is None:
-        return None
-    return decomposed(factors._replace(a=factors.a.double(), b=factors.b.double()))
+    return None if factors is None else decomposed(_wide(factors))
 
 
 def spectra(state: AdapterState) -> dict[Site, tuple[Spectrum, ...] | None]:
     """Of every site: one spectrum, or as many as a stack has weights; None where ΔW has no factors."""
-    found = {site: directions(state, site) for site in state.methods}
-    return {site: None if svd is None else of_values(svd.s) for site, svd in found.items()}
+    found = {site: state.factors(site) for site in state.methods}
+    return {site: None if factors is None else of_factors(factors) for site, factors in found.items()}
+
+
+def _wide(factors: Factors) -> Factors:
+    return factors._replace(a=factors.a.double(), b=factors.b.double())
 
 
 def mean(numbers: Sequence[float]) -> float:

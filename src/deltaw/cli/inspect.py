@@ -102,7 +102,7 @@ def on_base(state: Any, base: str | None, allow_base_mismatch: bool, adapter: Pa
         return state, None
     weights = BaseWeights(base, state, allow_base_mismatch=allow_base_mismatch)
     tell(adapter, weights.remarks)
-    return dataclasses.replace(state, specs=weights.specs), weights
+    return dataclasses.replace(state, specs={**state.specs, **weights.specs}), weights
 
 
 def affordable(adapter: Path, state: Any, with_base: bool, dense: bool) -> Any:

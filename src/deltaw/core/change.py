@@ -32,6 +32,13 @@ def decomposed(factors: Factors) -> Singular:
     return Singular(q @ u, s, vt @ p.mT)
 
 
+def singular_values(factors: Factors) -> Tensor:
+    """Those of s·B·A alone, descending, [r] or [E, r]: the triangular factors have them, Q and P are not made."""
+    a, b, scale = factors
+    r, t = (torch.linalg.qr(tensor, mode="r")[1] for tensor in (b, a.mT))
+    return torch.linalg.svdvals(scale * r @ t.mT)
+
+
 def independent(state: AdapterState, site: Site) -> Tensor | None:
     """Dense ΔW where it is the same whatever the base's weight is, of shape `spec.whole` in fp32; else None.
 

@@ -2,8 +2,8 @@
 
     ΔW = UΣVᵀ  →  U_k Σ_k V_kᵀ at every site (`mixing.to_lora`)  →  loss on rows that were not trained on
 
-A cut after training is an upper bound of the loss that training at the smaller rank would reach: that could use its rank
-otherwise. What is no low-rank change (trained copies, rows of tokens) stays whole in every cut but rank 0.
+A cut after training is as a rule worse than training at the smaller rank, which would use it otherwise. What is no low-rank
+change (trained copies, rows of tokens) stays whole in every cut but rank 0.
 """
 
 from collections.abc import Callable
@@ -79,7 +79,9 @@ class Truncation:
     @property
     def table(self) -> list[tuple[str, ...]]:
         """Cells, the head first."""
-        lines = [("rank", "held-out loss", "of the gain kept", "of a module's ‖ΔW‖² lost at most")]
+        lines: list[tuple[str, ...]] = [
+            ("rank", "held-out loss", "of the gain kept", "of a module's ‖ΔW‖² lost at most")
+        ]
         lines.append(("as it is", f"{self.loss:.4f}", "100.0%", "–"))
         for cut in self.cuts:
             name = str(cut.rank) if cut.rank else "0, the base"
@@ -143,5 +145,5 @@ def highest(state: AdapterState) -> int:
         elif method.host is WeightHost and not method.follows_ties:
             known.append(min(MOST, state.specs[site].out_features, state.specs[site].fan_in))
     if not known:
-        raise UseError("the adapter has no change that could be cut to a rank: it holds trained copies alone")
+        raise UseError("the adapter changes no weight in a way that could be cut to a rank")
     return max(known)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from deltaw.core.base import BaseIdentity, by_path, sample
 from deltaw.core.errors import BaseMismatchError, FileError, UseError, did_you_mean, faults
 from deltaw.core.files import read_json
-from deltaw.core.host import HostSpec, host_of
+from deltaw.core.host import HostSpec, ParameterHost, host_of
 from deltaw.core.method import Shapes, Site
 from deltaw.core.state import AdapterState, misfit
 from deltaw.models.base import load_base, outline, read_config, resolve
@@ -26,7 +26,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class BaseWeights:
-    """Callable: site of `state` → its canonical weight in the dtype of the files, on the CPU."""
+    """Callable: site of `state` → its canonical weight in the dtype of the files, on the CPU; None for trained modules that
+    the base does not have (a classifier's head)."""
 
     def __init__(self, name: str, state: AdapterState, *, allow_base_mismatch: bool = False):
         """name: as for `load_base`. FileError where the adapter does not fit it, BaseMismatchError for another base's."""
@@ -40,14 +41,16 @@ class BaseWeights:
         self._opened: dict[Path, Any] = {}
         self._keys = _keys(name)
         self._names = _names(self._model)
-        missing = [site for site in state.methods if self._key(self._parameter(site)) is None]
+        missing = [site for site in self.specs if self._key(self._parameter(site)) is None]
         if missing:
             self.remarks.append(f"the base's files name {missing[0]} otherwise than the model: it was loaded whole")
             self._model = load_base(name, dtype="fp32", device=torch.device("cpu")).model
             self._modules, self._keys = by_path(self._model), {}
         self._check(state, allow_base_mismatch)
 
-    def __call__(self, site: Site) -> Tensor:
+    def __call__(self, site: Site) -> Tensor | None:
+        if site not in self.specs:
+            return None
         module, host = self._modules[site.path], self._host(site)
         outlined = module._parameters[site.slot]
         key = self._key(outlined)
@@ -72,11 +75,13 @@ class BaseWeights:
 
     def _fit(self, state: AdapterState) -> dict[Site, HostSpec]:
         """The shape of every site in the base. FileError for what it does not have, or in another shape."""
-        specs, found, shapes = {}, [], Shapes()
+        specs, found, lacking, shapes = dict[Site, HostSpec](), list[str](), list[Site](), Shapes()
         for site, method in state.methods.items():
             module = self._modules.get(site.path)
             host = None if module is None else host_of(module, site.slot, method.host)
-            if module is None:
+            if module is None and method.host is ParameterHost:
+                lacking.append(site)
+            elif module is None:
                 found.append(f"{site}: the base has no such module{did_you_mean(site.path, self._modules)}")
             elif host is None or not host.has(module, site.slot):
                 found.append(f"{site}: {type(module).__name__} cannot carry {method.name} at {site.slot!r}")
@@ -86,6 +91,10 @@ class BaseWeights:
                 specs[site] = host.spec
         if found:
             raise faults(FileError, f"the adapter does not fit the base {self.name!r}", found)
+        if lacking and not specs:
+            raise FileError(f"the base {self.name!r} has nothing of what the adapter changes: {lacking[0]}, …")
+        if lacking:
+            self.remarks.append(f"the base has no {', '.join(map(str, lacking))}: trained beside it, seen without it")
         return specs
 
     def _check(self, state: AdapterState, allowed: bool) -> None:
