@@ -18,7 +18,7 @@ from deltaw.core.host import host_of
 from deltaw.core.method import Method, get
 from deltaw.core.state import delta
 from deltaw.formats import directory
-from deltaw.ship.mapped import class_of
+from deltaw.models.mapped import class_of
 from deltaw.ship.merge import merge_to_folder
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 96, "num_attention_heads": 4}

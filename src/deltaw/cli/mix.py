@@ -194,18 +194,18 @@ def _base(model: str, pairs: Sequence[tuple[str, float]], states: Sequence[Any],
     from deltaw.core.base import identify
     from deltaw.core.errors import BaseMismatchError
     from deltaw.models.base import load_base, named_quantization
-    from deltaw.models.on_disk import OnDisk, open_base
+    from deltaw.models.mapped import open_base
 
     quantize = quantized_as({folder: named_quantization(Path(folder), model) for folder, _ in pairs})
-    paths = {site.path for state in states for site in state.methods if state.factors(site) is None}
-    base: Any = open_base(model, paths) if quantize == "none" else None
-    if base is None:
+    if quantize == "none":
+        paths = {site.path for state in states for site in state.methods if state.factors(site) is None}
+        opened = open_base(model, paths)
+        base, here = opened.model, opened.identity
+    else:
         base = load_base(model, dtype="fp32", quantize=quantize).model
+        here = identify(base)
     for (folder, _), state in zip(pairs, states, strict=True):
-        if state.base is None:
-            continue
-        here = base.identity(state.base.samples) if isinstance(base, OnDisk) else identify(base)
-        why = state.base.difference(here)
+        why = None if state.base is None else state.base.difference(here)
         if why and not mismatch:
             raise BaseMismatchError(
                 f"{folder} was trained on another base than {model!r}: {why}. Give that base, or --allow-base-mismatch"

@@ -125,7 +125,7 @@ def load(
 
     Every tensor must land. strict=False loads what fits and reports the rest loudly. Raises FileError for files that
     are missing, corrupt or do not fit, ConfigError for PEFT features that are not supported, BaseMismatchError.
-    here: which base this is, where `model` does not hold all of its values (`deltaw.ship.mapped`).
+    here: which base this is, where `model` does not hold all of its values (`deltaw.models.mapped`).
     """
     stored = directory.open_directory(path, allow_pickle=allow_pickle, strict=strict)
     state, notes = stored.state, list(stored.notes)

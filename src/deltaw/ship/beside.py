@@ -9,8 +9,8 @@ import torch
 
 from deltaw.core.errors import FileError, UseError
 from deltaw.core.files import read_json, write_text
-from deltaw.models.base import resolve
-from deltaw.ship.disk import AGAIN, Checkpoint, rewritten
+from deltaw.models.checkpoint import AGAIN, Checkpoint
+from deltaw.ship.disk import rewritten
 
 CONFIG, REPORT = "config.json", "merge.json"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
@@ -18,22 +18,6 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEFT = {".md", ".gitattributes", ".gitignore", ".metadata"}
 """The base's own card, and what belongs to the place it lay in."""
-
-
-def folder_of(model: str) -> Path:
-    """The folder that a base lies in: its own, or the hub's cache, filled where it has to be."""
-    found = resolve(model)
-    if Path(found).is_dir():
-        return Path(found)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(found, allow_patterns=["model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise FileError(f"the base {model!r} cannot be fetched: {reason}") from None
 
 
 def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None) -> None:

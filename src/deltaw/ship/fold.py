@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deltaw.core.adapter import WeightAdapter
 from deltaw.core.host import wide
-from deltaw.ship.names import Piece
+from deltaw.models.names import Piece
 
 VALUES = 1 << 18
 """Numbers of W that are computed at once: they stay in the cache of a processor."""

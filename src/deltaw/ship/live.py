@@ -23,8 +23,8 @@ from deltaw.data.kept import Kept
 from deltaw.methods.token_rows import TokenRows
 from deltaw.models.adapters import LoadReport, load
 from deltaw.models.base import load_base, load_tokenizer, resolve, unreadable
+from deltaw.models.mapped import class_of
 from deltaw.ship.check import Reference, logits, reference, rows_for
-from deltaw.ship.mapped import class_of
 from deltaw.ship.roundtrip import RoundTrip, decoded, put, round_trip
 
 

@@ -31,9 +31,10 @@ from deltaw.data.kept import read_kept, together
 from deltaw.formats import directory
 from deltaw.models.adapters import LoadReport
 from deltaw.models.base import load_tokenizer, named_class, named_quantization, read_config
+from deltaw.models.checkpoint import Checkpoint, folder_of, open_checkpoint
 from deltaw.models.quantize import method_of
 from deltaw.ship import disk
-from deltaw.ship.beside import DTYPES, REPORT, asked, copy_beside, folder_of, room
+from deltaw.ship.beside import DTYPES, REPORT, asked, copy_beside, room
 from deltaw.ship.check import Reference
 from deltaw.ship.live import Job, corrects, live, loaded, merge_live
 from deltaw.ship.private import Private
@@ -94,7 +95,7 @@ def merge_to_folder(
     job = _job(model, parts, into, quantize, prompts, check, allow_base_mismatch, allow_pickle)
     clock, source = _Clock(), folder_of(model)
     with clock("plan"):
-        found = _way(job, disk.open_checkpoint(source))
+        found = _way(job, open_checkpoint(source))
         if isinstance(found, Plan):
             room(target, found.checkpoint, wanted)
     try:
@@ -154,7 +155,7 @@ def _possible(model: str, into: str, quantize: str) -> None:
         )
 
 
-def _way(job: Job, checkpoint: disk.Checkpoint | None) -> Plan | str:
+def _way(job: Job, checkpoint: Checkpoint | None) -> Plan | str:
     """The plan of the shards, or why the merge needs the whole base in memory."""
     if job.quantize != "none" and job.into == "original":
         pickle = job.allowed["allow_pickle"]

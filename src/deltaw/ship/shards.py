@@ -17,10 +17,10 @@ from deltaw.core.adapter import WeightAdapter
 from deltaw.core.errors import MergeError, faults
 from deltaw.core.merge import changes, obstacles
 from deltaw.models.adapters import LoadReport
-from deltaw.ship.disk import Checkpoint
+from deltaw.models.checkpoint import Checkpoint
+from deltaw.models.mapped import Mapped, mapped
 from deltaw.ship.fold import Tally, Term, blocks, low_rank
 from deltaw.ship.live import Job, grows, load_all
-from deltaw.ship.mapped import Mapped, mapped
 
 NOTHING = (
     "merging {} would change no weight at all: its ΔW is zero, or too small for the weights' dtype. "

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.base import BaseIdentity, Sample, called, chosen, places
+from deltaw.core.base import BaseIdentity, Sample, by_path, called, chosen, identify, places
 from deltaw.core.errors import UseError
-from deltaw.models.base import read_config, require_transformers
-from deltaw.ship.disk import Checkpoint
-from deltaw.ship.names import Names, placed
+from deltaw.models.base import load_base, read_config, require_transformers
+from deltaw.models.checkpoint import Checkpoint, folder_of, open_checkpoint
+from deltaw.models.names import Names, placed
+from deltaw.models.quantize import method_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Mapped:
     one: dict[int, str]
     """id of a parameter → the first of its names."""
     identity: BaseIdentity
+
+    def has(self, parameter: Tensor) -> bool:
+        """Are its values there, and not its shape alone?"""
+        keys = self.names.keys(self.one[id(parameter)])
+        return bool(keys) and self.names.pieces[keys[0]].weight is None
 
 
 def mapped(name: str, checkpoint: Checkpoint, layer: str | None = None) -> Mapped:
@@ -61,6 +67,37 @@ def mapped(name: str, checkpoint: Checkpoint, layer: str | None = None) -> Mappe
     lost = {path: why for path, why in names.lost.items() if path in one.values() and path not in there}
     names = Names(pieces, lost)
     return Mapped(model, names, one, _identity(model, names, checkpoint))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base of which some modules are read and nothing is run."""
+
+    model: nn.Module
+    identity: BaseIdentity
+    remark: str | None = None
+    """Why it is in memory as a whole, where it is."""
+
+
+def open_base(name: str, paths: Iterable[str], layer: str | None = None) -> Opened:
+    """A base whose modules at `paths` hold their weights: over its files where these hold them as they are, else loaded.
+
+    FileError where it cannot be read, UseError for a base whose files are quantised.
+    """
+    own = method_of(read_config(name))
+    if own is not None:
+        raise UseError(f"the files of the base {name!r} are quantised ({own}): give the unquantised base")
+    checkpoint, reason = open_checkpoint(folder_of(name)), "it has no safetensors file"
+    if checkpoint is not None:
+        base = mapped(name, checkpoint, layer)
+        there = by_path(base.model)
+        wanted = [p for path in paths if path in there for p in there[path]._parameters.values() if p is not None]
+        missing = next((base.one[id(p)] for p in wanted if not base.has(p)), None)
+        if missing is None:
+            return Opened(base.model, base.identity)
+        reason = f"{missing}: {base.names.lost.get(missing, 'it lies on disk in pieces')}"
+    model = load_base(name, dtype="fp32", device=torch.device("cpu")).model
+    return Opened(model, identify(model), f"the base was loaded whole ({reason})")
 
 
 def hollow(name: str, layer: str | None = None) -> nn.Module:
