@@ -35,6 +35,7 @@ from deltaw.formats.weights import read_file
 from deltaw.models.adapters import layout
 from deltaw.models.outlines import outlines
 from deltaw.ship.convert import convert
+from deltaw.ship.export import export
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -93,6 +94,16 @@ def test_what_we_write_diffusers_loads(family: str, to: str, name: str, bases: d
         assert float((outputs(part) - expected[role]).abs().max()) <= 2e-5
         meta = directory.read(tmp_path / "again" / role)[0].meta
         assert meta["converted"]["from"] == to and len(meta["parents"]) == 1
+
+
+@pytest.mark.parametrize("profile", ["diffusers", "kohya"])
+def test_an_export_of_one_part(profile: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    expected = trained("sd", METHODS["lora"], tmp_path / "ours")
+    done = export(tmp_path / "ours" / "unet", tmp_path / "theirs", profile, model=str(bases["sd"]))
+    assert done.profile == profile and done.error <= 1e-6
+    parts = build("sd")
+    load_with_diffusers("sd", tmp_path / "theirs", parts)
+    assert float((outputs(parts["unet"]) - expected["unet"]).abs().max()) <= 2e-5
 
 
 # What others wrote

@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 import deltaw
 from deltaw import DoRA, LoRA
 from deltaw.cli import main as cli
+from deltaw.config import parse
 from deltaw.core.errors import FileError, MergeError, UseError
 from deltaw.formats import directory
 from deltaw.models.base import load_base
 from deltaw.ship import convert as module
 from deltaw.ship.convert import convert
+from deltaw.ship.export import export
 
 IDS = torch.randint(1, 500, (2, 8), generator=torch.Generator().manual_seed(0))
 
@@ -221,3 +223,38 @@ def _renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         path, _, end = key.removeprefix("base_model.model.").rpartition(".lora_")
         result[f"lycoris_{path.replace('.', '_')}.lora_{'down' if end[0] == 'A' else 'up'}.weight"] = tensor
     return result
+
+
+def test_export_writes_the_same_file(base: Any, tmp_path: Path) -> None:
+    wanted = save(base, LoRA(rank=4, alpha=6, rank_pattern={"q_proj": 2}), tmp_path / "a", "attention")
+    done = export(tmp_path / "a", tmp_path / "out", "kohya", model="tiny")
+    assert done.profile == "kohya" and done.error < 1e-6 and len(done.modules) == 24
+    assert json.loads((tmp_path / "out" / "lora_manifest.json").read_text())["profile"] == "kohya"
+    convert(tmp_path / "out" / "a.safetensors", tmp_path / "back", model="tiny")
+    torch.testing.assert_close(loaded(base, tmp_path / "back"), wanted, rtol=1e-5, atol=1e-5)
+    for profile, options, words in (
+        ("kohya", {"rank": 2}, "are not for the profile kohya"),
+        ("diffusers", {}, "no part of a diffusers pipeline"),
+    ):
+        with pytest.raises(UseError, match=words):
+            export(tmp_path / "a", tmp_path / "no", profile, model="tiny", **options)
+        assert not (tmp_path / "no").exists()
+
+
+def test_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another tool's configuration becomes a file that `plan` reads, with what was left in front of it."""
+    theirs, ours = tmp_path / "theirs.yaml", tmp_path / "ours" / "run.yaml"
+    theirs.write_text(
+        "model_name_or_path: tiny\nstage: sft\nlora_rank: 4\nlora_target: q_proj\ndataset: x\ntemplate: qwen3\n"
+    )
+    arguments = ["deltaw", "convert", str(theirs), "--output", str(ours), "--json"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    assert "template" in [one["key"] for one in json.loads(capsys.readouterr().out)["left"]]
+    found = parse.load(str(ours))
+    assert found["model"] == "tiny" and found["adapter"]["rank"] == 4 and found["adapter"]["targets"] == ["q_proj"]
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2 and "exists: give another output" in capsys.readouterr().err

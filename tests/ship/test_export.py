@@ -19,7 +19,7 @@ from deltaw.core.state import AdapterState
 from deltaw.formats import directory
 from deltaw.methods.full import Full
 from deltaw.mixing import exact
-from deltaw.mixing.convert import Conversion, Converted
+from deltaw.mixing.through import Conversion, Converted
 from deltaw.models.base import outline
 from deltaw.ship import engines, readback
 from deltaw.ship.acceptance import read_facts, table

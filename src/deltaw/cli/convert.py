@@ -1,4 +1,4 @@
-"""deltaw convert: an adapter of one tool as an adapter of another."""
+"""deltaw convert: an adapter of one tool as an adapter of another; another tool's configuration as ours."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +10,13 @@ from deltaw.cli.app import Json, app, show, tell
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Adapter folder or file: deltaw, PEFT, kohya/LyCORIS, diffusers, …")],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Adapter folder or file: deltaw, PEFT, kohya/LyCORIS, diffusers, …; or a .yaml or .json configuration."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write; of a configuration a YAML file.")],
     to: Annotated[str, typer.Option(help="deltaw, peft, kohya or diffusers.")] = "deltaw",
     tool: Annotated[
         str | None,
@@ -43,6 +48,10 @@ def convert(
     """Read another tool's adapter, or write one for it; what was written is read back and its change compared."""
     import dataclasses
 
+    if source.suffix in (".yaml", ".yml", ".json"):
+        _configuration(source, output, as_json)
+        return
+
     from deltaw.ship.convert import convert as converted
 
     done = converted(
@@ -56,6 +65,23 @@ def convert(
         f"read back: the change differs by at most {done.error:.2g} of itself"
     )
     show({**dataclasses.asdict(done), "notes": list(done.notes)}, as_json, text)
+
+
+def _configuration(source: Path, output: Path, as_json: bool) -> None:
+    """A configuration of LLaMA-Factory or PEFT, or a block of LoRA options, as a YAML file of ours."""
+    from deltaw.config import foreign, parse
+    from deltaw.core.errors import UseError
+    from deltaw.core.files import write_text
+
+    if output.exists():
+        raise UseError(f"{output} exists: give another output")
+    text, left = foreign.text(parse.load(str(source)))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, text)
+    head = f"{output}: written" + ("; not carried over as it was, or missing:" if left else "")
+    said = [head, *(f"  {one.key}: {one.why}" for one in left)]
+    record = {"config": str(output), "left": [one._asdict() for one in left]}
+    show(record, as_json, "\n".join(said))
 
 
 def _switches(text: str | None) -> list[bool] | None:

@@ -19,7 +19,8 @@ def export(
     profile: Annotated[
         str,
         typer.Option(
-            help="portable: plain LoRA that every engine reads with the right scale; peft: all that PEFT's format holds."
+            help="portable: plain LoRA that every engine reads with the right scale; peft: all that PEFT's format holds; "
+            "kohya, diffusers: one file, for image models."
         ),
     ] = "portable",
     check: Annotated[

@@ -14,16 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltaw.core.adapter import Factors
 from deltaw.core.errors import ConfigError, FileError, MergeError, UseError, faults
 from deltaw.core.files import must_be_free, read_json, whole_folder
-from deltaw.core.host import ParameterHost
-from deltaw.core.method import Shapes, Site
-from deltaw.core.state import AdapterState, delta, misfit
+from deltaw.core.method import Shapes
+from deltaw.core.state import AdapterState, misfit
 from deltaw.data.kept import read_kept
 from deltaw.formats import directory, mlx
 from deltaw.formats.detect import GRAMMARS, TOOLS, detect
@@ -38,6 +35,7 @@ from deltaw.formats.peft_write import to_peft
 from deltaw.formats.torchtune import from_torchtune
 from deltaw.formats.weights import PICKLED, WEIGHTS, read_file
 from deltaw.models.outlines import ROLES, Outline, outlines
+from deltaw.ship.readback import apart
 
 FOLDERS = ("deltaw", "peft")
 FILES: Mapping[str, Callable[..., tuple[dict[str, Tensor], dict[str, str], list[str]]]] = {
@@ -111,13 +109,11 @@ def convert(
         if to in FOLDERS:
             beside = read_kept(Path(source)).files if "" in found.folders else {}
             again = _folders(states, draft, base, to, beside)
+            error = compared(states, again)
         else:
             assert base is not None
-            again, more = _file(
-                states, draft / (DIFFUSERS if to == "diffusers" else f"{target.name}.safetensors"), base, to, origin
-            )
+            error, more = one_file(states, draft, target.name, base, to, origin)
             notes += more
-        error = _compared(states, again)
     sizes = {role: len(state.methods) for role, state in states.items()}
     return Converted(target, found.tool, to, sizes, sum(s.parameters for s in states.values()), error, tuple(notes))
 
@@ -166,7 +162,8 @@ def read(
     if enable_lora is not None and found.tool != "loralib":
         raise UseError(f"--enable-lora is for loralib's MergedLinear; {found.tool}'s files have no such thing")
     if found.folders:
-        return _placed(found.folders, base)
+        notes = [note for stored in found.folders.values() for note in stored.notes]
+        return placed({role: stored.state for role, stored in found.folders.items()}, base), notes
     assert base is not None and found.tool in GRAMMARS
     if found.tool == "kohya":
         return from_kohya(found.tensors, base.parts)
@@ -183,29 +180,28 @@ def read(
     return from_torchtune(found.tensors, base.parts, base.config, found.config, alpha=alpha)
 
 
-def _placed(folders: Mapping[str, directory.Stored], base: Outline | None) -> tuple[States, list[str]]:
-    """States of adapter folders, each on the part of the base that has all its modules."""
-    states, notes, found = States(), list[str](), list[str]()
-    for role, stored in folders.items():
-        notes += stored.notes
+def placed(given: Mapping[str, AdapterState], base: Outline | None) -> States:
+    """States by role ("" where none is said), each on the part of the base that has all its modules. FileError."""
+    states, found = States(), list[str]()
+    for role, state in given.items():
         if base is None:
-            states[role or "model"] = stored.state
+            states[role or "model"] = state
             continue
-        paths = {site.path for site in stored.state.methods}
+        paths = {site.path for site in state.methods}
         fit = [r for r, layout in base.parts.items() if role in ("", r) and paths <= set(layout.entries)]
         if len(fit) != 1:
             near = next(iter(sorted(paths - {p for layout in base.parts.values() for p in layout.entries})), None)
             why = f"has no module {near!r}" if near else f"has them in {' and in '.join(fit) or 'no single part'}"
             raise FileError(f"the adapter does not fit the base {base.name!r}: it {why}")
         layout, shapes = base.parts[fit[0]], Shapes()
-        specs = {site: layout.specs[site] for site in stored.state.methods if site in layout.specs}
+        specs = {site: layout.specs[site] for site in state.methods if site in layout.specs}
         for site, spec in specs.items():
-            reason = misfit(stored.state.methods[site], stored.state.tensors[site], spec, shapes)
+            reason = misfit(state.methods[site], state.tensors[site], spec, shapes)
             found += [f"{site}: {reason}"] if reason else []
-        states[fit[0]] = dataclasses.replace(stored.state, specs={**stored.state.specs, **specs})
+        states[fit[0]] = dataclasses.replace(state, specs={**state.specs, **specs})
     if found:
         raise faults(FileError, "the adapter does not fit the base", found)
-    return states, notes
+    return states
 
 
 def _folders(states: States, draft: Path, base: Outline | None, to: str, beside: Mapping[str, str]) -> States:
@@ -229,20 +225,23 @@ def _folders(states: States, draft: Path, base: Outline | None, to: str, beside:
     return again
 
 
-def _file(states: States, file: Path, base: Outline, to: str, origin: Mapping[str, Any]) -> tuple[States, list[str]]:
-    """Write one file for all parts; what it holds when it is read again, and notes."""
+def one_file(
+    states: States, folder: Path, name: str, base: Outline, to: str, origin: Mapping[str, Any]
+) -> tuple[float, list[str]]:
+    """Write one file for all parts, named so where the tool leaves that open; the largest difference read back, and notes."""
+    file = folder / (DIFFUSERS if to == "diffusers" else f"{name}.safetensors")
     tensors, header, notes = FILES[to](states, base.parts)
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     save_file(tensors, file, metadata={**header, "deltaw": json.dumps(origin)})
     file.chmod(0o644)
-    return _again(to, base.parts, *read_file(file, False)), notes
+    return compared(states, _again(to, base.parts, *read_file(file, False))), notes
 
 
 def _again(to: str, parts: Parts, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> States:
     return from_kohya(tensors, parts)[0] if to == "kohya" else from_diffusers(tensors, parts, header)[0]
 
 
-def _compared(states: States, again: States) -> float:
+def compared(states: States, again: States) -> float:
     """The largest relative difference of a site. MergeError where something was lost or is another change."""
     found, largest = [], 0.0
     if states.keys() != again.keys():
@@ -258,32 +257,3 @@ def _compared(states: States, again: States) -> float:
     if found:
         raise faults(MergeError, "what was written is not what was read, nothing was kept", found)
     return largest
-
-
-def apart(a: AdapterState, b: AdapterState, site: Site) -> float:
-    """‖ΔW_a − ΔW_b‖ / ‖ΔW_a‖ at a site, from the factors where there are some; on a weight drawn at random where it depends on W."""
-    if a.methods[site] == b.methods[site] and all(
-        torch.equal(t, b.tensors[site][n]) for n, t in a.tensors[site].items()
-    ):
-        return 0.0
-    one, two = a.factors(site), b.factors(site)
-    if one is not None and two is not None and one.a.ndim == 2:
-        both = Factors(torch.cat([one.a, two.a]), torch.cat([one.scale * one.b, -two.scale * two.b], 1), 1.0)
-        own, difference = (_norm(Factors(f.a, f.b, f.scale)) for f in (one, both))
-    elif a.methods[site].host is ParameterHost or a.methods[site].follows_ties:  # absolute values, no ΔW
-        pairs = [(tensor.double(), b.tensors[site][name].double()) for name, tensor in a.tensors[site].items()]
-        own, difference = (
-            sum(float(t.norm()) for t in side) for side in ((x for x, _ in pairs), (x - y for x, y in pairs))
-        )
-    else:
-        spec = a.specs.get(site) or b.specs[site]
-        weight = torch.randn(spec.whole, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        first = delta(a, site, weight)
-        own, difference = first.norm().item(), (first - delta(b, site, weight)).norm().item()
-    return difference / own if own else difference
-
-
-def _norm(factors: Factors) -> float:
-    """‖s·B·A‖ by QR of both factors: the difference of two nearly equal products keeps its digits."""
-    r = torch.linalg.qr(factors.b.double()).R @ torch.linalg.qr(factors.a.double().mT).R.mT
-    return abs(factors.scale) * float(r.norm())

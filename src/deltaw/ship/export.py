@@ -2,6 +2,7 @@
 
     portable   plain LoRA of one rank and scale 1, complete layers (`deltaw.ship.portable`): for serving engines
     peft       PEFT's own format with all it can say (patterns, DoRA, …); what PEFT has no format for becomes plain LoRA
+    kohya, diffusers   one file under the names of those tools (`deltaw.ship.convert`): for image models
 
     source → to_lora where the profile needs it → written → `deltaw.ship.readback`
 
@@ -17,12 +18,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from deltaw import __version__
 from deltaw.analysis.norms import norm
-from deltaw.core.base import identify
 from deltaw.core.errors import BaseMismatchError, ConfigError, UseError, did_you_mean, faults
 from deltaw.core.files import must_be_free, whole_folder, write_text
 from deltaw.core.host import ParameterHost, WeightHost
@@ -32,11 +31,15 @@ from deltaw.formats import directory
 from deltaw.formats.layout import Layout
 from deltaw.formats.manifest import digest
 from deltaw.formats.peft import to_peft
-from deltaw.formats.weights import WEIGHTS, read_tensors
-from deltaw.mixing.convert import Conversion, Converted, to_lora
+from deltaw.formats.weights import read_file
+from deltaw.mixing.convert import to_lora
+from deltaw.mixing.through import Conversion, Converted
 from deltaw.models.adapters import layout
-from deltaw.models.base import load_base
+from deltaw.models.base import named_base
+from deltaw.models.mapped import open_base
+from deltaw.models.outlines import outlines
 from deltaw.ship import portable, readback
+from deltaw.ship.convert import one_file, placed
 from deltaw.ship.look import Seen, look
 
 MANIFEST = "lora_manifest.json"
@@ -175,7 +178,32 @@ def _peft(state: AdapterState, folder: Path, options: Options) -> Exported:
     return Exported(folder, "peft", modules, dtypes, sum(t.nbytes for t in tensors), remarks=tuple(remarks))
 
 
-PROFILES: Mapping[str, Callable[[AdapterState, Path, Options], Exported]] = {"portable": _portable, "peft": _peft}
+def _of_a_tool(to: str, state: AdapterState, folder: Path, options: Options) -> Exported:
+    """One file of kohya's or diffusers', whose names are looked up in the base."""
+    if options.cut is not None or options.dtype is not None or not options.fill:
+        raise UseError(
+            f"rank, max-rank, dtype and no-fill are not for the profile {to}, which keeps what the adapter has"
+        )
+    name = options.model or named_base(options.adapter)
+    if name is None:
+        raise UseError(f"the names in {to}'s files are looked up in the base: say which, --model folder-or-hub-id")
+    base = outlines(name)
+    states = placed({"": state.finished()}, base)
+    error, notes = one_file(states, folder, options.adapter.absolute().name, base, to, dict(state.meta))
+    (done,) = states.values()
+    ranks = {str(site): getattr(method, "rank", None) or 0 for site, method in done.methods.items()}
+    tensors = [tensor for group in done.tensors.values() for tensor in group.values()]
+    dtypes = "+".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+    modules = {site: Converted("exact", rank, error) for site, rank in ranks.items()}
+    return Exported(folder, to, modules, dtypes, sum(t.nbytes for t in tensors), remarks=tuple(notes))
+
+
+PROFILES: Mapping[str, Callable[[AdapterState, Path, Options], Exported]] = {
+    "portable": _portable,
+    "peft": _peft,
+    "kohya": functools.partial(_of_a_tool, "kohya"),
+    "diffusers": functools.partial(_of_a_tool, "diffusers"),
+}
 """Name → what writes a state into an empty folder and holds it against the state."""
 
 
@@ -195,7 +223,7 @@ def _written(
 
 
 def _as_lora(state: AdapterState, options: Options) -> tuple[AdapterState, Conversion, nn.Module | None]:
-    """Plain LoRA; where the change depends on the base's weights, these are loaded."""
+    """Plain LoRA; where the change depends on the base's weights, these are read."""
     movable = [site for site, m in state.methods.items() if m.host is WeightHost and not m.follows_ties]
     if options.cut is None and (full := [site for site in movable if state.factors(site) is None]):
         names = ", ".join(sorted({state.methods[site].name for site in full}))
@@ -208,14 +236,14 @@ def _as_lora(state: AdapterState, options: Options) -> tuple[AdapterState, Conve
     except UseError:
         if options.seen.name is None or hopeless:
             raise
-    model = load_base(options.seen.name, dtype="fp32", device=torch.device("cpu")).model
-    apart = None if state.base is None else state.base.difference(identify(model))
+    base = open_base(options.seen.name, [site.path for site in state.methods])
+    apart = None if state.base is None else state.base.difference(base.identity)
     if apart and not options.allow_base_mismatch:
         raise BaseMismatchError(
             f"the adapter was trained on another base than {options.seen.name!r}: {apart}. Give the right one with --model, or "
             "pass allow_base_mismatch=True (--allow-base-mismatch) if you know better"
         )
-    return *to_lora(state, model, options.cut), model
+    return *to_lora(state, base.model, options.cut), base.model
 
 
 def _possible(profile: str, o: Options) -> None:
@@ -255,12 +283,12 @@ def _same_shapes(state: AdapterState, linear: Mapping[str, tuple[int, ...]]) -> 
 
 def _manifest(done: Exported, folder: Path, stored: directory.Stored) -> str:
     """Where a folder came from, as JSON."""
-    known = stored.state.base
+    known, (file,) = stored.state.base, tuple(folder.glob("*.safetensors"))
     about = {
         "tool": f"deltaw {__version__}",
         "profile": done.profile,
-        "tensors": digest(read_tensors(folder, allow_pickle=False)),
-        "file": f"sha256:{hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()}",
+        "tensors": digest(read_file(file, False)[0]),
+        "file": f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}",
         "parents": [stored.digest],
         "base": {"name": stored.base_name} if known is None else known.to_dict(),
         "rank": done.rank,

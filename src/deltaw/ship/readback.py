@@ -14,13 +14,13 @@ from deltaw.analysis.norms import norm
 from deltaw.core.adapter import Factors
 from deltaw.core.errors import FileError, MergeError, faults
 from deltaw.core.files import read_json
-from deltaw.core.host import WeightHost, host_of
+from deltaw.core.host import HostSpec, WeightHost, host_of
 from deltaw.core.method import Site
 from deltaw.core.state import AdapterState, delta
 from deltaw.formats.directory import CONFIG, open_directory
 from deltaw.formats.peft import from_peft
 from deltaw.formats.weights import read_tensors
-from deltaw.mixing.convert import Conversion
+from deltaw.mixing.through import Conversion
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest accepted relative error of a module beyond that of its conversion: what rounding both factors makes, doubled."""
@@ -46,7 +46,7 @@ def must_be(state: AdapterState, folder: Path) -> float:
     found = [
         f"{site}: it is in {'memory' if site in wanted.methods else 'the file'} only" for site in sorted(alone, key=str)
     ]
-    differences = {site: apart(wanted, there, site, None) for site in wanted.methods if site in there.methods}
+    differences = {site: apart(wanted, there, site) for site in wanted.methods if site in there.methods}
     found += [f"{site}: ΔW differs by {d:.3g}" for site, d in differences.items() if not d <= EXACT]
     if found:
         raise faults(FileError, "the adapter that was written reads as another one, nothing is kept of it", found)
@@ -79,7 +79,7 @@ def errors(
     return found
 
 
-def apart(source: AdapterState, written: AdapterState, site: Site, model: nn.Module | None) -> float:
+def apart(source: AdapterState, written: AdapterState, site: Site, model: nn.Module | None = None) -> float:
     """The relative error of one module."""
     ours, others = source.tensors[site], written.tensors[site]
     same = ours.keys() == others.keys() and all(torch.equal(ours[name], others[name]) for name in ours)
@@ -91,7 +91,7 @@ def apart(source: AdapterState, written: AdapterState, site: Site, model: nn.Mod
         difference = Factors(torch.cat([a, c], -2), torch.cat([s * b, -t * d], -1), 1.0)
         return _share(norm(difference), norm(mine))
     if source.methods[site].host is WeightHost and not source.methods[site].follows_ties:
-        weight = _weight(source, site, model)
+        weight = _weight(source.specs.get(site) or written.specs[site], site, model)
         change = delta(source, site, weight)
         return _share(float((change - delta(written, site, weight)).norm()), float(change.norm()))
     pairs = [(tensor, written.tensors[site].get(name)) for name, tensor in source.finished().tensors[site].items()]
@@ -112,10 +112,10 @@ def _most(tensor: Tensor) -> float:
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
-def _weight(state: AdapterState, site: Site, model: nn.Module | None) -> Tensor:
+def _weight(spec: HostSpec, site: Site, model: nn.Module | None) -> Tensor:
     """The base's weight, or any of its shape."""
     if model is not None:
         host = host_of(model.get_submodule(site.path), site.slot)
         return host.weight.detach().float().cpu()  # type: ignore[union-attr]
-    shape = state.specs[site].whole
+    shape = spec.whole
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)) / shape[-1] ** 0.5
