@@ -78,7 +78,7 @@ def open_checkpoint(folder: Path) -> Checkpoint | None:
     """The safetensors files of a model's folder; None where it has none. FileError for files that are missing or cut short."""
     if (folder / SINGLE).is_file():
         files: tuple[str, ...] = (SINGLE,)
-        listed = {}
+        listed: Any = {}
     elif (folder / INDEX).is_file():
         listed = read_json(folder / INDEX, AGAIN).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
