@@ -89,7 +89,7 @@ def test_a_disk_without_room_is_seen_before(pair: Pair, tmp_path: Path, monkeypa
     monkeypatch.setattr(beside.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     fails(
         FileError,
-        "takes 0.00 GB and .* left: nothing was written",
+        "takes 0.0 MB and .* has 0.0 MB left: nothing was written",
         pair.base,
         pair.adapter,
         tmp_path / "x",

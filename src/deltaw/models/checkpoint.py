@@ -92,7 +92,7 @@ def open_checkpoint(folder: Path) -> Checkpoint | None:
     """The safetensors files of a model's folder; None where it has none. FileError for files that are missing or cut short."""
     if (folder / SINGLE).is_file():
         files: tuple[str, ...] = (SINGLE,)
-        listed = {}
+        listed: Any = {}
     elif (folder / INDEX).is_file():
         listed = read_json(folder / INDEX, AGAIN).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
@@ -111,7 +111,7 @@ def open_checkpoint(folder: Path) -> Checkpoint | None:
         try:
             with safe_open(folder / file, framework="pt"):  # checks the header against the size of the file
                 pass
-            headers[file] = header(folder / file)
+            headers[file] = header_of(folder / file)
         except (SafetensorError, OSError) as error:
             found.append(f"{file} is corrupt or cut short ({error})")
             continue
@@ -126,7 +126,7 @@ def open_checkpoint(folder: Path) -> Checkpoint | None:
     return Checkpoint(folder, files, entries, headers)
 
 
-def header(file: Path) -> bytes:
+def header_of(file: Path) -> bytes:
     with open(file, "rb") as opened:
         length = opened.read(8)
         return length + opened.read(int.from_bytes(length, "little"))

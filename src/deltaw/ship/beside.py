@@ -53,7 +53,7 @@ def room(target: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Non
     free = shutil.disk_usage(above).free
     if free < needed:
         raise FileError(
-            f"the merged model takes {needed / 1e9:.2f} GB and {above} has {free / 1e9:.2f} GB left: nothing was written, "
+            f"the merged model takes {needed / 1e6:,.1f} MB and {above} has {free / 1e6:,.1f} MB left: nothing was written, "
             "give a disk with more room"
         )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deltaw.core.errors import FileError
 from deltaw.core.files import read_json, write_text
-from deltaw.models.checkpoint import AGAIN, DTYPES, INDEX, SINGLE, Checkpoint, Entry
+from deltaw.models.checkpoint import AGAIN, DTYPES, INDEX, SINGLE, Checkpoint, Entry, header_of
 
 
 def rewritten(checkpoint: Checkpoint, file: str, dtype: torch.dtype | None) -> tuple[bytes, dict[str, Entry]]:
@@ -79,7 +79,7 @@ def write(
             shutil.copyfile(checkpoint.folder / INDEX, target / INDEX)
         else:
             index = read_json(checkpoint.folder / INDEX, AGAIN)
-            size = sum((target / f).stat().st_size - len(header(target / f)) for f in checkpoint.files)
+            size = sum((target / f).stat().st_size - len(header_of(target / f)) for f in checkpoint.files)
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
             write_text(target / INDEX, json.dumps(index, indent=2) + "\n")
 
