@@ -284,6 +284,9 @@ def test_names_are_exact_both_ways(family: str, bases: dict[str, Path]) -> None:
     assert len(set(written.values())) == len(written) == sum(len(layout.specs) for layout in parts.values())
     for where, name in written.items():
         assert known[name] == [where]
+    assert {len(places) for places in known.values()} == {
+        1
+    }  # nor do the names of the original checkpoint clash with them
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])

@@ -16,13 +16,12 @@ import torch
 from torch import nn
 
 from deltaw.core.errors import FileError, UseError
+from deltaw.formats.diffusers import ROLES
 from deltaw.formats.layout import Layout
 from deltaw.models.adapters import layout
 from deltaw.models.base import TINY, outline, read_config, require_transformers
 
 INDEX, CONFIG = "model_index.json", "config.json"
-ROLES = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""Parts of a pipeline that carry adapters."""
 CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,8 +28,8 @@ from deltaw.core.state import AdapterState, delta, misfit
 from deltaw.data.kept import read_kept
 from deltaw.formats import directory, mlx
 from deltaw.formats.detect import GRAMMARS, TOOLS, detect
-from deltaw.formats.diffusers import from_diffusers, to_diffusers
-from deltaw.formats.foreign import Parts, States
+from deltaw.formats.diffusers import ROLES, from_diffusers, to_diffusers
+from deltaw.formats.foreign import States
 from deltaw.formats.kohya import from_kohya, to_kohya
 from deltaw.formats.loralib import from_loralib
 from deltaw.formats.manifest import digest
@@ -37,7 +38,7 @@ from deltaw.formats.peft import from_peft
 from deltaw.formats.peft_write import to_peft
 from deltaw.formats.torchtune import from_torchtune
 from deltaw.formats.weights import PICKLED, WEIGHTS, read_file
-from deltaw.models.outlines import ROLES, Outline, outlines
+from deltaw.models.outlines import Outline, outlines
 
 FOLDERS = ("deltaw", "peft")
 FILES: Mapping[str, Callable[..., tuple[dict[str, Tensor], dict[str, str], list[str]]]] = {
@@ -233,13 +234,14 @@ def _file(states: States, file: Path, base: Outline, to: str, origin: Mapping[st
     """Write one file for all parts; what it holds when it is read again, and notes."""
     tensors, header, notes = FILES[to](states, base.parts)
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    save_file(tensors, file, metadata={**header, "deltaw": json.dumps(origin)})
-    file.chmod(0o644)
-    return _again(to, base.parts, *read_file(file, False)), notes
-
-
-def _again(to: str, parts: Parts, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> States:
-    return from_kohya(tensors, parts)[0] if to == "kohya" else from_diffusers(tensors, parts, header)[0]
+    try:
+        save_file(tensors, file, metadata={**header, "deltaw": json.dumps(origin)})
+        file.chmod(0o644)
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{file.parent.parent / file.name} cannot be written: {error}; give another folder") from None
+    written, head = read_file(file, False)
+    again = from_kohya(written, base.parts) if to == "kohya" else from_diffusers(written, base.parts, head)
+    return again[0], notes
 
 
 def _compared(states: States, again: States) -> float:
@@ -268,7 +270,8 @@ def apart(a: AdapterState, b: AdapterState, site: Site) -> float:
         return 0.0
     one, two = a.factors(site), b.factors(site)
     if one is not None and two is not None and one.a.ndim == 2:
-        both = Factors(torch.cat([one.a, two.a]), torch.cat([one.scale * one.b, -two.scale * two.b], 1), 1.0)
+        b_both = torch.cat([one.scale * one.b.double(), -two.scale * two.b.double()], 1)
+        both = Factors(torch.cat([one.a, two.a]), b_both, 1.0)
         own, difference = (_norm(Factors(f.a, f.b, f.scale)) for f in (one, both))
     elif a.methods[site].host is ParameterHost or a.methods[site].follows_ties:  # absolute values, no ΔW
         pairs = [(tensor.double(), b.tensors[site][name].double()) for name, tensor in a.tensors[site].items()]
