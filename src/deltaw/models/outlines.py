@@ -68,7 +68,10 @@ def _part(name: str, role: str, library: str, kind: str) -> nn.Module:
     found = getattr(require_transformers(), kind, None)
     if found is None:
         raise FileError(f"{name!r} has a {role} of the class {kind}, which the installed transformers does not have")
-    return _built(name, lambda: found(found.config_class.from_pretrained(name, subfolder=role)))
+    config = _read(name, f"{role}/{CONFIG}")
+    if config is None:  # transformers would take its defaults, and build another model
+        raise FileError(f"the pipeline {name!r} names a {role} and holds no {role}/{CONFIG}: fetch it again, whole")
+    return _built(name, lambda: found(found.config_class.from_dict(config)))
 
 
 def _diffusers(name: str, kind: str, subfolder: str | None) -> nn.Module:
