@@ -95,6 +95,20 @@ def test_what_we_write_diffusers_loads(family: str, to: str, name: str, bases: d
         assert meta["converted"]["from"] == to and len(meta["parents"]) == 1
 
 
+@pytest.mark.parametrize(("to", "layers"), [("kohya", ["q_proj", "v_proj"]), ("diffusers", ["fc1"])])
+def test_what_diffusers_refuses_is_said(to: str, layers: list[str], bases: dict[str, Path], tmp_path: Path) -> None:
+    """It tells the layout of a text encoder by layers that are not in every file."""
+    part = build("sd")["text_encoder"]
+    deltaw.attach(part, LoRA(rank=2), targets=layers)
+    randomise(part)
+    deltaw.save(part, tmp_path / "a")
+    done = convert(tmp_path / "a", tmp_path / "out", to=to, model=str(bases["sd"]))
+    assert done.parts == {"text_encoder": 4 if to == "kohya" else 2} and done.error == 0.0
+    assert any("diffusers 0.42" in note and "text_encoder" in note for note in done.notes)
+    with pytest.raises(ValueError, match="Could not automatically infer state dict type"):
+        load_with_diffusers("sd", tmp_path / "out", build("sd"))
+
+
 # What others wrote
 
 

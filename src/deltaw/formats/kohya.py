@@ -87,6 +87,10 @@ def to_kohya(states: Mapping[str, AdapterState], parts: Parts) -> tuple[dict[str
                 except UseError as error:
                     found.append(f"{role} {site}: {error}")
         notes += _one_alpha(role, groups)
+        if role.startswith("text_encoder") and not any(name.endswith("_out_proj") for name in groups):
+            notes.append(
+                f"diffusers 0.42 knows the layers of a {role} in this layout by out_proj, and refuses this file"
+            )
         tensors |= {f"{name}.{end}": tensor for name, ends in groups.items() for end, tensor in ends.items()}
     if found:
         raise faults(UseError, "this adapter has no form in kohya's files", found)
