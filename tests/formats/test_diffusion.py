@@ -106,6 +106,20 @@ def test_an_export_of_one_part(profile: str, bases: dict[str, Path], tmp_path: P
     assert float((outputs(parts["unet"]) - expected["unet"]).abs().max()) <= 2e-5
 
 
+@pytest.mark.parametrize(("to", "layers"), [("kohya", ["q_proj", "v_proj"]), ("diffusers", ["fc1"])])
+def test_what_diffusers_refuses_is_said(to: str, layers: list[str], bases: dict[str, Path], tmp_path: Path) -> None:
+    """It tells the layout of a text encoder by layers that are not in every file."""
+    part = build("sd")["text_encoder"]
+    deltaw.attach(part, LoRA(rank=2), targets=layers)
+    randomise(part)
+    deltaw.save(part, tmp_path / "a")
+    done = convert(tmp_path / "a", tmp_path / "out", to=to, model=str(bases["sd"]))
+    assert done.parts == {"text_encoder": 4 if to == "kohya" else 2} and done.error == 0.0
+    assert any("diffusers 0.42" in note and "text_encoder" in note for note in done.notes)
+    with pytest.raises(ValueError, match="Could not automatically infer state dict type"):
+        load_with_diffusers("sd", tmp_path / "out", build("sd"))
+
+
 # What others wrote
 
 
@@ -295,6 +309,9 @@ def test_names_are_exact_both_ways(family: str, bases: dict[str, Path]) -> None:
     assert len(set(written.values())) == len(written) == sum(len(layout.specs) for layout in parts.values())
     for where, name in written.items():
         assert known[name] == [where]
+    assert {len(places) for places in known.values()} == {
+        1
+    }  # nor do the names of the original checkpoint clash with them
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])

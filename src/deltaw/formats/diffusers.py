@@ -27,6 +27,7 @@ from deltaw.formats.peft_write import PREFIX, to_peft
 
 HEADER = "lora_adapter_metadata"
 ROLES = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""Parts of a pipeline that carry adapters."""
 _NAMED = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}  # CLIP's attention
 _PROCESSED = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}  # diffusers' attention
 _END = {"down": "lora_A.weight", "up": "lora_B.weight"}

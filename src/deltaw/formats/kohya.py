@@ -71,29 +71,33 @@ def to_kohya(states: Mapping[str, AdapterState], parts: Parts) -> tuple[dict[str
     the rest of the scale goes into lora_up: diffusers 0.42 reads a module's own α and then loses it. notes: such things.
     """
     written, tensors, found, kinds = names(parts), dict[str, Tensor](), list[str](), set[type]()
-    notes: list[str] = []
+    notes, known = list[str](), table(parts)
     for role, state in states.items():
         groups: dict[str, dict[str, Tensor]] = {}
         for site, method in state.methods.items():
-            if (role, site.path) not in written or site.slot != "weight":
-                found.append(
-                    f"{role} {site}: kohya's files hold changes of weights that the base has, and nothing else"
-                )
-                continue
-            try:
-                groups[written[role, site.path]] = lycoris.write(method, state.tensors[site], parts[role].specs[site])
-            except UseError as error:
-                found.append(f"{role} {site}: {error}")
-                continue
-            kinds.add(type(method))
+            name = written.get((role, site.path)) if site.slot == "weight" else None
+            if name is None:
+                found.append(f"{role} {site}: only changes of weights that the base has go into kohya's files")
+            elif len(known[name]) > 1:
+                found.append(f"{role} {site}: two modules of the base have the name {name!r} in kohya's files")
+            else:
+                try:
+                    groups[name] = lycoris.write(method, state.tensors[site], parts[role].specs[site])
+                    kinds.add(type(method))
+                except UseError as error:
+                    found.append(f"{role} {site}: {error}")
         notes += _one_alpha(role, groups)
+        if role.startswith("text_encoder") and not any(name.endswith("_out_proj") for name in groups):
+            notes.append(
+                f"diffusers 0.42 knows the layers of a {role} in this layout by out_proj, and refuses this file"
+            )
         tensors |= {f"{name}.{end}": tensor for name, ends in groups.items() for end, tensor in ends.items()}
     if found:
         raise faults(UseError, "this adapter has no form in kohya's files", found)
-    notes += ["diffusers 0.42 leaves dora_scale out and applies the rest: use diffusers' layout there"] * (
-        DoRA in kinds
-    )
-    notes += ["diffusers 0.42 reads no LoHa or LoKr in this layout"] * bool(kinds & {LoHa, LoKr})
+    if DoRA in kinds:
+        notes.append("diffusers 0.42 leaves dora_scale out and applies the rest: use diffusers' layout there")
+    if kinds & {LoHa, LoKr}:
+        notes.append("diffusers 0.42 reads no LoHa or LoKr in this layout")
     module = "lycoris.kohya" if kinds & {LoHa, LoKr} else "networks.lora"
     return tensors, {"format": "pt", "ss_network_module": module}, notes
 

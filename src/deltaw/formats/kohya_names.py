@@ -65,7 +65,7 @@ def table(parts: Parts) -> dict[str, list[tuple[str, str]]]:
 
 
 def names(parts: Parts) -> dict[tuple[str, str], str]:
-    """(role, path) → the name under which kohya's own tools write it. UseError where they have none, or it is not one's own."""
+    """(role, path) → the name under which kohya's own tools write it. UseError where the model does not tell it."""
     unknown = [role for role in parts if role not in PREFIXES or role == "transformer"]
     if unknown:
         raise UseError(
@@ -79,10 +79,6 @@ def names(parts: Parts) -> dict[tuple[str, str], str]:
         for path in {site.path: None for site in layout.specs}:
             first = next(_clip(role, path), path) if not path.startswith(CLIP + ".") else path
             result[role, path] = f"{prefix}_{original.get(path, first)}".replace(".", "_")
-    taken = list(result.values())
-    twice = sorted({name for name in taken if taken.count(name) > 1}) if len(set(taken)) < len(taken) else []
-    if twice:
-        raise UseError(f"two modules of the base have the name {twice[0]!r} in kohya's files: write another layout")
     return result
 
 

@@ -96,6 +96,11 @@ def from_torchtune(
             reading.found.append(f"{path}: missing {' and '.join(sorted(missing))}")
             continue
         a, b, m = group["lora_a.weight"], group["lora_b.weight"], group.get("magnitude")
+        if a.ndim != 2 or b.ndim != 2:
+            reading.found.append(
+                f"{path}: lora_a is {tuple(a.shape)} and lora_b is {tuple(b.shape)}, expected two matrices"
+            )
+            continue
         if ROTATED[kind] and (
             count := heads.get(inside) or (base.get("num_attention_heads") if inside in heads else None)
         ):

@@ -16,13 +16,12 @@ import torch
 from torch import nn
 
 from deltaw.core.errors import FileError, UseError
+from deltaw.formats.diffusers import ROLES
 from deltaw.formats.layout import Layout
 from deltaw.models.adapters import layout
 from deltaw.models.base import TINY, outline, read_config, require_transformers
 
 INDEX, CONFIG = "model_index.json", "config.json"
-ROLES = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""Parts of a pipeline that carry adapters."""
 CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
 
@@ -69,7 +68,10 @@ def _part(name: str, role: str, library: str, kind: str) -> nn.Module:
     found = getattr(require_transformers(), kind, None)
     if found is None:
         raise FileError(f"{name!r} has a {role} of the class {kind}, which the installed transformers does not have")
-    return _built(name, lambda: found(found.config_class.from_pretrained(name, subfolder=role)))
+    config = _read(name, f"{role}/{CONFIG}")
+    if config is None:  # transformers would take its defaults, and build another model
+        raise FileError(f"the pipeline {name!r} names a {role} and holds no {role}/{CONFIG}: fetch it again, whole")
+    return _built(name, lambda: found(found.config_class.from_dict(config)))
 
 
 def _diffusers(name: str, kind: str, subfolder: str | None) -> nn.Module:

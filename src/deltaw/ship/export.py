@@ -36,10 +36,11 @@ from deltaw.mixing.convert import to_lora
 from deltaw.mixing.through import Conversion, Converted
 from deltaw.models.adapters import layout
 from deltaw.models.base import named_base
+from deltaw.models.foreign import placed
 from deltaw.models.mapped import open_base
 from deltaw.models.outlines import outlines
 from deltaw.ship import portable, readback
-from deltaw.ship.convert import one_file, placed
+from deltaw.ship.convert import one_file
 from deltaw.ship.look import Seen, look
 
 MANIFEST = "lora_manifest.json"
