@@ -26,8 +26,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class BaseWeights:
-    """Callable: site of `state` → its canonical weight in the dtype of the files, on the CPU; None for trained modules that
-    the base does not have (a classifier's head)."""
+    """Callable: site of `state` → its canonical weight in the dtype of the files, on the CPU; None where there is none:
+    of trained modules that the base does not have (a classifier's head), of adapters beside a block."""
 
     def __init__(self, name: str, state: AdapterState, *, allow_base_mismatch: bool = False):
         """name: as for `load_base`. FileError where the adapter does not fit it, BaseMismatchError for another base's."""
@@ -41,7 +41,7 @@ class BaseWeights:
         self._opened: dict[Path, Any] = {}
         self._keys = _keys(name)
         self._names = _names(self._model)
-        missing = [site for site in self.specs if self._key(self._parameter(site)) is None]
+        missing = [site for site in self.specs if self._there(site) and self._key(self._parameter(site)) is None]
         if missing:
             self.remarks.append(f"the base's files name {missing[0]} otherwise than the model: it was loaded whole")
             self._model = load_base(name, dtype="fp32", device=torch.device("cpu")).model
@@ -49,7 +49,7 @@ class BaseWeights:
         self._check(state, allow_base_mismatch)
 
     def __call__(self, site: Site) -> Tensor | None:
-        if site not in self.specs:
+        if not self._there(site):
             return None
         module, host = self._modules[site.path], self._host(site)
         outlined = module._parameters[site.slot]
@@ -64,6 +64,10 @@ class BaseWeights:
         finally:
             module._parameters[site.slot] = outlined
         return weight
+
+    def _there(self, site: Site) -> bool:
+        """Is there a parameter? Not of adapters beside a block, nor of modules that the base does not have."""
+        return site in self.specs and site.slot in self._modules[site.path]._parameters
 
     def _host(self, site: Site) -> Any:
         return host_of(self._modules[site.path], site.slot, self._methods[site].host)
