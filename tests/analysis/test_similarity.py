@@ -5,6 +5,7 @@ import torch
 
 from deltaw.analysis import by_chance, compare, cosine, directions, inner, phi, phis
 from deltaw.core.errors import UseError
+from deltaw.core.host import HostSpec
 from deltaw.core.method import Site
 from deltaw.core.state import AdapterState, delta
 from deltaw.methods.dora import DoRA
@@ -163,3 +164,16 @@ def test_two_seeds_of_one_task_share_what_random_does_not() -> None:
     strangers = compare(*(attached(model, LoRA(rank=4, alpha=4), seed=seed) for seed in (3, 4)), top=2)
     (by_accident, chance) = strangers.share("left", "top")  # type: ignore[misc]
     assert by_accident < 4 * chance
+
+
+def test_stacks_of_experts_are_compared_weight_by_weight() -> None:
+    site, spec = Site("experts", "up_proj"), HostSpec((12, 8), stack=3)
+    parts = [{"lora_A": torch.randn(3, 2, 8), "lora_B": torch.randn(3, 12, 2)} for _ in range(2)]
+    states = [AdapterState({site: LoRA(rank=2, alpha=4.0)}, {site: tensors}, {site: spec}) for tensors in parts]
+    (record,) = compare(*states).sites
+    a, b = (2.0 * (tensors["lora_B"] @ tensors["lora_A"]).double() for tensors in parts)
+    assert record["cosine"] == pytest.approx(float((a * b).sum() / a.norm() / b.norm()), rel=1e-5)
+    each = [phi(torch.linalg.svd(x)[0][:, :2], torch.linalg.svd(y)[0][:, :2]) for x, y in zip(a, b, strict=True)]
+    assert record["left"]["all"]["phi"] == pytest.approx(sum(each) / 3, rel=1e-4)
+    assert record["left"]["all"]["chance"] == pytest.approx(2 / 12)
+    assert compare(states[0], states[0]).cosine == pytest.approx(1)

@@ -103,7 +103,9 @@ def test_what_is_said_of_a_curve() -> None:
     assert curve(1.0, 1.0, 1.5, 1.001, 2.0).enough == 4  # a lucky cut below a bad one does not count
     assert "no: below rank 4" in curve(1.0, 1.0, 1.5, 1.8, 2.0).said
     assert "no: already rank 4" in curve(1.0, 1.4, 1.5, 1.8, 2.0).said
-    assert "no better than its base" in curve(2.0, 2.0, 2.0, 2.0, 1.9).said
+    for base in (1.9, 2.0, 2.01):  # worse, equal, and a gain that chance may make
+        assert "no better than its base" in curve(2.0, 2.0, 2.0, 2.0, base).said
+        assert curve(2.0, 2.0, 2.0, 2.0, base).enough is None
     record = curve(1.0, 1.0, 1.5, 1.8, 2.0).to_dict()
     assert json.dumps(record) and [c["kept"] for c in record["cuts"]] == pytest.approx([1.0, 0.5, 0.2, 0.0])
     assert "0, the base" in str(curve(1.0, 1.0, 1.5, 1.8, 2.0))

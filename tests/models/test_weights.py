@@ -153,3 +153,15 @@ def test_a_head_that_the_base_does_not_have_is_seen_without_it(tmp_path: Path) -
     alone = AdapterState({head: Full()}, {head: {"copy": torch.ones(3, 16)}}, {})
     with pytest.raises(FileError, match="nothing of what the adapter changes: score"):
         BaseWeights(str(tmp_path), alone)
+
+
+def test_an_adapter_beside_a_block_has_no_weight(tmp_path: Path) -> None:
+    from deltaw.analysis import describe
+
+    model = gpt2(tmp_path)
+    deltaw.attach(model, deltaw.Bottleneck(), targets="all-linear", name="b")
+    state = deltaw.extract(model, "b")
+    deltaw.detach(model, "b")
+    weights = BaseWeights(str(tmp_path), state)
+    assert {weights(site) for site in state.methods} == {None}
+    assert {record["unknown"] for record in describe(state, weights)} == {"no ΔW of its shape"}

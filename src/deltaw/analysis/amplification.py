@@ -61,4 +61,4 @@ def largest(weight: Tensor, rank: int) -> Tensor:
         return torch.linalg.svdvals(weight)[:rank]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return torch.svd_lowrank(weight, q=rank + 16, niter=3)[1][:rank]
+        return torch.svd_lowrank(weight, q=rank + 16, niter=2)[1][:rank]

@@ -9,7 +9,7 @@ intruders) is found first by `costly` and `intruder_seconds`, which say how long
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,19 +75,21 @@ def intruder_seconds(state: AdapterState, count: int) -> float:
 
 
 def describe(
-    state: AdapterState, weights: Weights | None = None, *, work: Work | None = None, count_intruders: int = 0
-) -> list[dict[str, Any]]:
+    state: AdapterState, weights: Weights | None = None, *, work: Work | None = None, count_intruders: int = 0,
+    watch: Callable[[Sequence[Site]], Iterable[Site]] = iter,
+) -> list[dict[str, Any]]:  # fmt: skip
     """One record per site: site, method, rank, alpha, scale, parameters, norm, and the measures above; None: not known.
 
     weights: of the base; `state.specs` are then its shapes. work: long decompositions to do, of `costly`; None: none.
     count_intruders: of so many sites, those with the largest ‖ΔW‖/‖W‖; needs `weights`. Raises UseError without them.
+    watch: gives the sites back one by one, and may show how far it is.
     """
     if count_intruders and weights is None:
         raise UseError("intruder dimensions are those of W + ΔW: give the base")
-    records = {site: _record(state, site, weights, work) for site in state.methods}
+    records = {site: _record(state, site, weights, work) for site in watch(list(state.methods))}
     if weights is not None:
         known = [site for site, record in records.items() if record["of_base"] and is_matrix(state, site)]
-        for site in sorted(known, key=lambda s: -records[s]["of_base"])[:count_intruders]:
+        for site in watch(sorted(known, key=lambda s: -records[s]["of_base"])[:count_intruders]):
             weight = weights(site)
             assert weight is not None  # it was beside its change before
             found = intruders(weight, delta(state, site, weight))

@@ -62,7 +62,7 @@ def inspect(
     if intruders:
         tell(adapter, [f"intruder dimensions: about {lasting(intruder_seconds(state, intruders))}"])
     work = affordable(adapter, state, base is not None, dense)
-    records = describe(state, weights, work=work, count_intruders=intruders)
+    records = describe(state, weights, work=work, count_intruders=intruders, watch=progress)
     cuts = None if rows is None else _cuts(str(base), adapter, rows, allow_base_mismatch, allow_pickle)
     known = f"{state.base.name} ({state.base.layer})" if state.base else "not recorded"
     known += "" if state.base else f", the file names {stored.base_name or 'none'}"
@@ -115,6 +115,15 @@ def affordable(adapter: Path, state: Any, with_base: bool, dense: bool) -> Any:
     said = f"spectra of {len(work.sites)} changes of no or high rank: about {lasting(work.seconds)}"
     tell(adapter, [said if dense else f"{said}, left out: ask for them with --dense"])
     return work if dense else None
+
+
+def progress(sites: Any) -> Any:
+    """A bar with the time that is left, on stderr and on a terminal alone; nothing where there is nothing to wait for."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(sites, "modules", console=console, transient=True, disable=not console.is_terminal or not sites)
 
 
 def lasting(seconds: float) -> str:

@@ -26,6 +26,8 @@ from deltaw.mixing.convert import to_lora
 
 MOST = 64
 """The first cut of changes that have no rank of their own."""
+LEAST = 0.01
+"""Share of the base's loss that an adapter must gain for its ranks to be judged."""
 ENOUGH = 0.99
 """Share of what the adapter gains over its base that a smaller rank must keep to do."""
 
@@ -52,15 +54,20 @@ class Truncation:
         """What the adapter takes off the base's loss."""
         return self.cuts[-1].loss - self.loss
 
+    @property
+    def judges(self) -> bool:
+        """Is the gain more than a chance of these rows?"""
+        return self.gain > LEAST * self.cuts[-1].loss
+
     def kept(self, cut: Cut) -> float:
         """Share of that gain that a cut keeps."""
         return (self.cuts[-1].loss - cut.loss) / self.gain if self.gain else 0.0
 
     @property
     def enough(self) -> int | None:
-        """The least rank whose cut, like all above it, keeps `ENOUGH` of the gain; None where the adapter gains nothing."""
+        """The least rank whose cut, like all above it, keeps `ENOUGH` of the gain; None where none does."""
         found = None
-        for cut in self.cuts[:-1] if self.gain > 0 else ():
+        for cut in self.cuts[:-1] if self.judges else ():
             if self.kept(cut) < ENOUGH:
                 break
             found = cut.rank
@@ -68,8 +75,8 @@ class Truncation:
 
     @property
     def said(self) -> str:
-        if self.gain <= 0:
-            return "the adapter is no better than its base on these rows: no rank can be judged by them"
+        if not self.judges:
+            return "the adapter is no better than its base on these rows, or hardly: no rank can be judged by them"
         if self.enough is None:
             return f"no: already rank {self.cuts[0].rank} loses more than {1 - ENOUGH:.0%} of what the adapter gains"
         if self.enough == self.cuts[0].rank:

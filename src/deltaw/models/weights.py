@@ -16,8 +16,8 @@ from deltaw.models.mapped import open_base
 
 
 class BaseWeights:
-    """Callable: site of `state` → its canonical weight in the dtype of the files, on the CPU; None for trained modules that
-    the base does not have (a classifier's head)."""
+    """Callable: site of `state` → its canonical weight in the dtype of the files, on the CPU; None where there is none:
+    of trained modules that the base does not have (a classifier's head), of adapters beside a block."""
 
     def __init__(self, name: str, state: AdapterState, *, allow_base_mismatch: bool = False):
         """name: as for `load_base`. FileError where the adapter does not fit it, BaseMismatchError for another base's."""
@@ -39,7 +39,7 @@ class BaseWeights:
             self.remarks.append(f"another base, allowed: {why}" if why else unknown)
 
     def __call__(self, site: Site) -> Tensor | None:
-        if site not in self.specs:
+        if site not in self.specs or site.slot not in self._modules[site.path]._parameters:
             return None
         host: Any = host_of(self._modules[site.path], site.slot, self._methods[site].host)
         return host.weight.detach()  # type: ignore[no-any-return]
