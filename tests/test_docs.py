@@ -38,7 +38,7 @@ def test_the_yaml_of_the_readme_is_the_example(page: Path) -> None:
 def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, from a folder like the clone's, with two steps instead of sixty and fewer rows to score; all but a chat and a resume."""
     lines = re.findall(r"^deltaw .*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
-    assert len(lines) == 13
+    assert len(lines) == 16
     for name in ("examples", "src"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -54,3 +54,4 @@ def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             main()
         assert caught.value.code in (0, None), line
     assert (tmp_path / "merged/model.safetensors").exists() and (tmp_path / "mixed/deltaw.json").exists()
+    assert (tmp_path / "portable/lora_manifest.json").exists() and (tmp_path / "library/names/records.json").exists()

@@ -21,6 +21,7 @@ _WHERE = {
     "DoRA": "deltaw.methods.dora",
     "Full": "deltaw.methods.full",
     "IA3": "deltaw.methods.ia3",
+    "Library": "deltaw.library.store",
     "LlamaAdapter": "deltaw.methods.llama_adapter",
     "LoHa": "deltaw.methods.loha",
     "LoKr": "deltaw.methods.lokr",
@@ -30,9 +31,12 @@ _WHERE = {
     "TargetPlan": "deltaw.core.plan",
     "TokenRows": "deltaw.methods.token_rows",
     "VeRA": "deltaw.methods.vera",
+    "analysis": "deltaw.analysis",
     "attach": "deltaw.core.attach",
+    "convert": "deltaw.ship.convert",
     "detach": "deltaw.core.attach",
     "evaluate": "deltaw.infer.evaluate",
+    "export": "deltaw.ship.export",
     "extract": "deltaw.core.attach",
     "fused": "deltaw.fusion.mlp",
     "generate": "deltaw.infer.generate",
@@ -53,7 +57,7 @@ _WHERE = {
 __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
-    from deltaw import mixing, nn
+    from deltaw import analysis, mixing, nn
     from deltaw.core.attach import attach, detach, extract, insert
     from deltaw.core.errors import DeltawError
     from deltaw.core.merge import merge, unmerge
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
     from deltaw.fusion.mlp import fused
     from deltaw.infer.evaluate import evaluate
     from deltaw.infer.generate import generate
+    from deltaw.library.store import Library
     from deltaw.methods.adalora import AdaLoRA
     from deltaw.methods.boft import BOFT
     from deltaw.methods.bottleneck import Bottleneck
@@ -80,6 +85,8 @@ if TYPE_CHECKING:
     from deltaw.mixing.convert import to_lora
     from deltaw.models.adapters import load, save
     from deltaw.models.base import load_base
+    from deltaw.ship.convert import convert
+    from deltaw.ship.export import export
     from deltaw.training.run import resume, train
 
 
