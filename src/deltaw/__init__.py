@@ -30,6 +30,7 @@ _WHERE = {
     "TargetPlan": "deltaw.core.plan",
     "TokenRows": "deltaw.methods.token_rows",
     "VeRA": "deltaw.methods.vera",
+    "analysis": "deltaw.analysis",
     "attach": "deltaw.core.attach",
     "detach": "deltaw.core.attach",
     "evaluate": "deltaw.infer.evaluate",
@@ -53,7 +54,7 @@ _WHERE = {
 __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
-    from deltaw import mixing, nn
+    from deltaw import analysis, mixing, nn
     from deltaw.core.attach import attach, detach, extract, insert
     from deltaw.core.errors import DeltawError
     from deltaw.core.merge import merge, unmerge
