@@ -41,9 +41,11 @@ class BaseWeights:
         self._opened: dict[Path, Any] = {}
         self._keys = _keys(name)
         self._names = _names(self._model)
-        missing = [site for site in self.specs if self._there(site) and self._key(self._parameter(site)) is None]
+        missing = [site for site in self.specs if self._there(site) and not self._on_disk(self._parameter(site))]
         if missing:
-            self.remarks.append(f"the base's files name {missing[0]} otherwise than the model: it was loaded whole")
+            self.remarks.append(
+                f"the base's files name {missing[0]} otherwise than the model, or in another shape: it was loaded whole"
+            )
             self._model = load_base(name, dtype="fp32", device=torch.device("cpu")).model
             self._modules, self._keys = by_path(self._model), {}
         self._check(state, allow_base_mismatch)
@@ -55,10 +57,7 @@ class BaseWeights:
         outlined = module._parameters[site.slot]
         key = self._key(outlined)
         if key is not None:
-            read, wanted = self._read(key), self._parameter(site).shape
-            if read.shape != wanted:
-                raise FileError(f"{key} is {tuple(read.shape)} in the files of {self.name!r}, not {tuple(wanted)}")
-            module._parameters[site.slot] = nn.Parameter(read, requires_grad=False)
+            module._parameters[site.slot] = nn.Parameter(self._read(key), requires_grad=False)
         try:
             weight: Tensor = host.weight.detach()
         finally:
@@ -137,15 +136,20 @@ class BaseWeights:
                     return key
         return None
 
-    def _read(self, key: str) -> Tensor:
+    def _on_disk(self, parameter: Tensor) -> bool:
+        """Do the files hold it as it is in memory?"""
+        key = self._key(parameter)
+        return key is not None and self._read(key, shape_only=True) == tuple(parameter.shape)
+
+    def _read(self, key: str, shape_only: bool = False) -> Any:
         file = self._keys[key]
         try:
             if file not in self._opened:
                 self._opened[file] = safe_open(file, framework="pt")
-            tensor: Tensor = self._opened[file].get_tensor(key)
+            opened = self._opened[file]
+            return tuple(opened.get_slice(key).get_shape()) if shape_only else opened.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise FileError(f"{key} cannot be read from {file} ({error}): fetch the base again") from None
-        return tensor
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:
