@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from analysis.made import attached, lora, orthonormal, small
 from deltaw.analysis import amplification, describe, directions, intruders
 from deltaw.analysis.amplification import largest
 from deltaw.core.errors import UseError
 from deltaw.methods.lora import LoRA
-from tests.analysis.made import attached, lora, orthonormal, small
 
 
 def spectral(values: tuple[float, ...], out: int = 30, fan_in: int = 24) -> tuple[torch.Tensor, ...]:

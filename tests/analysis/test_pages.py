@@ -8,13 +8,13 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
+from analysis.made import lora, orthonormal
 from deltaw.analysis import compare, describe, history, table
 from deltaw.analysis.figures import curves, heat_map, require
 from deltaw.analysis.layers import Grid, folded, grid, layer
 from deltaw.analysis.page import compared, inspected
 from deltaw.core.errors import UseError
 from deltaw.core.state import AdapterState
-from tests.analysis.made import lora, orthonormal
 
 
 def layered(seed: int = 0, layers: int = 3) -> AdapterState:

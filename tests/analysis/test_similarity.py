@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from analysis.made import attached, lora, orthonormal, small
 from deltaw.analysis import by_chance, compare, cosine, directions, inner, phi, phis
 from deltaw.core.errors import UseError
 from deltaw.core.host import HostSpec
@@ -11,7 +12,6 @@ from deltaw.core.state import AdapterState, delta
 from deltaw.methods.dora import DoRA
 from deltaw.methods.loha import LoHa
 from deltaw.methods.lora import LoRA
-from tests.analysis.made import attached, lora, orthonormal, small
 
 
 def test_a_space_is_its_own_and_orthogonal_spaces_share_nothing() -> None:
@@ -104,7 +104,7 @@ def test_modules_of_only_one_are_listed_and_shapes_must_agree() -> None:
     with pytest.raises(UseError, match="no module is adapted by both"):
         compare(one, other)
     found = compare(one + other, one)
-    assert found.only_a == ["layers.0.v"] and not found.only_b and "only in A: layers.*.v (1 modules)" in str(found)
+    assert found.only_a == ["layers.0.v"] and not found.only_b and "only in A: layers.*.v (1 module)" in str(found)
     wide = lora(orthonormal(14, 2), (2.0, 1.0), v, "layers.0.q")
     with pytest.raises(UseError, match=r"different shapes.*layers.0.q: 12×10 and 14×10"):
         compare(one, wide)

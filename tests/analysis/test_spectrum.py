@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from analysis.made import attached, lora, orthonormal, small
 from deltaw.analysis import Spectrum, costly, describe, directions, spectra
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Site
@@ -15,7 +16,6 @@ from deltaw.methods.loha import LoHa
 from deltaw.methods.lora import LoRA
 from deltaw.methods.mora import MoRA
 from deltaw.mixing import to_lora
-from tests.analysis.made import attached, lora, orthonormal, small
 
 
 def test_equal_directions_count_each() -> None:

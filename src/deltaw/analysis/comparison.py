@@ -195,9 +195,14 @@ def summary(found: Comparison) -> str:
             lines.append(f"directions of {what}: φ of the first {found.top} is {number(share[0])} in the mean{times}")
     for name, only in (("A", found.only_a), ("B", found.only_b)):
         if only:
-            lines.append(f"only in {name}: {', '.join(sorted(set(map(folded, only))))} ({len(only)} modules)")
+            lines.append(f"only in {name}: {', '.join(sorted(set(map(folded, only))))} ({_modules(len(only))})")
     reasons = dict.fromkeys(found.left_out.values())
     lines += [
-        f"not compared, {reason}: {sum(one == reason for one in found.left_out.values())} modules" for reason in reasons
+        f"not compared, {reason}: {_modules(sum(one == reason for one in found.left_out.values()))}"
+        for reason in reasons
     ]
     return "\n".join(lines)
+
+
+def _modules(count: int) -> str:
+    return f"{count} module" if count == 1 else f"{count} modules"

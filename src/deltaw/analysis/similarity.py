@@ -2,10 +2,11 @@
 
     φ(A, B, i, j) = ‖UᵢᵀUⱼ‖²_F / min(i, j)      Uᵢ: the first i left singular vectors of ΔW_A, Uⱼ: j of ΔW_B; 0 … 1
     of random subspaces of R^d in the mean      E φ = max(i, j) / d
-    cos(ΔW_A, ΔW_B) = ⟨ΔW_A, ΔW_B⟩ / (‖ΔW_A‖ ‖ΔW_B‖),  ⟨UΣVᵀ, U'Σ'V'ᵀ⟩ = Σ Σ(UᵀU')Σ' ∘ (VᵀV')      r × r' products
+    cos(ΔW_A, ΔW_B) = ⟨ΔW_A, ΔW_B⟩ / (‖ΔW_A‖ ‖ΔW_B‖),  ⟨ΔW_A, ΔW_B⟩ = Σᵢⱼ σᵢσ'ⱼ (UᵀU')ᵢⱼ (VᵀV')ᵢⱼ
 
 E φ: ‖UᵢᵀUⱼ‖² is a sum of i·j squared coordinates of random unit vectors, each 1/d in the mean. The right spaces are those of V.
-The paper takes the singular vectors of A alone; those of ΔW are the same space whatever A and B share between them.
+The paper takes the right singular vectors of A alone, whose first ones depend on how a change is split into A and B; those of ΔW
+do not.
 """
 
 import torch

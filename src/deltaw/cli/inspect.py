@@ -94,12 +94,12 @@ def drawable(html: Path | None) -> None:
 
 def on_base(state: Any, base: str | None, allow_base_mismatch: bool, adapter: Path) -> tuple[Any, Any]:
     """The state with the shapes of the base, and its weights; as it is, and None, where no base is given."""
+    if base is None:
+        return state, None
     import dataclasses
 
     from deltaw.models.weights import BaseWeights
 
-    if base is None:
-        return state, None
     weights = BaseWeights(base, state, allow_base_mismatch=allow_base_mismatch)
     tell(adapter, weights.remarks)
     return dataclasses.replace(state, specs={**state.specs, **weights.specs}), weights
