@@ -134,15 +134,6 @@ def test_an_enable_lora_that_says_nothing(enabled: Any) -> None:
         from_peft({**OLD, "enable_lora": enabled}, {"base_model.model.c_attn.lora_A.weight": torch.ones(2, 2)})
 
 
-def test_the_old_schema_of_plain_layers() -> None:
-    pair = {"c_attn.lora_A.weight": torch.randn(2, 10), "c_attn.lora_B.weight": torch.randn(24, 2)}
-    tensors = {f"base_model.model.{key}": tensor for key, tensor in pair.items()}
-    twelve = {key: value for key, value in OLD.items() if key != "enable_lora"}
-    for config in (OLD, twelve):
-        state, notes = from_peft(config, tensors)
-        assert not notes and state.methods[Site("c_attn")].scale == 3.0  # type: ignore[attr-defined]
-
-
 MLX = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 3, "scale": 20.0, "dropout": 0.0}}
 
 

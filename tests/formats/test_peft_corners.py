@@ -493,3 +493,52 @@ def test_a_base_with_peft_s_own_names_is_stored_natively(tmp_path: Path) -> None
     deltaw.load(model, tmp_path)
     (site,) = state.methods
     assert torch.equal(deltaw.extract(model).tensors[site]["lora_A"], state.tensors[site]["lora_A"])
+
+
+@pytest.mark.parametrize("keys", [12, 13])
+def test_the_configs_of_2023(keys: int, tmp_path: Path) -> None:
+    """PEFT 0.1 to 0.3: 13 keys with enable_lora (null on whole layers) and merge_weights, 12 without the first."""
+    config = {
+        "base_model_name_or_path": "gpt2", "bias": "none", "enable_lora": None, "fan_in_fan_out": True, "inference_mode": True,
+        "lora_alpha": 6, "lora_dropout": 0.1, "merge_weights": False, "modules_to_save": None, "peft_type": "LORA", "r": 2,
+        "target_modules": ["c_attn"], "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    config = {key: value for key, value in config.items() if keys == 13 or key != "enable_lora"}
+    assert len(config) == keys
+    tensors = {}
+    for number in range(2):
+        path = f"base_model.model.transformer.h.{number}.attn.c_attn"
+        tensors |= {f"{path}.lora_A.weight": torch.randn(2, 32), f"{path}.lora_B.weight": torch.randn(96, 2)}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    save_file(tensors, tmp_path / WEIGHTS)
+    model = build("gpt2")
+    plain = outputs("gpt2", model)
+    assert not [note for note in deltaw.load(model, tmp_path).notes if "unknown" in note]
+    theirs = peft.PeftModel.from_pretrained(build("gpt2"), str(tmp_path)).eval()
+    assert float((outputs("gpt2", model) - outputs("gpt2", theirs)).abs().max()) <= 1e-5
+    assert float((outputs("gpt2", model) - plain).abs().max()) > 1e-2
+
+
+def test_parts_of_a_fused_layer_in_a_live_model(tmp_path: Path) -> None:
+    """PEFT 0.1's adapter of q and v in GPT-2's fused layer: k's rows stay as they were; saved again it is a plain LoRA."""
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 6,
+        "target_modules": ["c_attn"],
+        "enable_lora": [True, False, True],
+    }
+    a, b = torch.randn(4, 32), torch.randn(64, 2, 1)
+    path = "base_model.model.transformer.h.0.attn.c_attn"
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "merge_weights": False, "fan_in_fan_out": True}))
+    save_file({f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}, tmp_path / WEIGHTS)
+    model = build("gpt2")
+    layer, x = model.get_submodule("transformer.h.0.attn.c_attn"), torch.randn(3, 32)
+    before = layer(x)
+    deltaw.load(model, tmp_path)
+    q, k, v = (layer(x) - before).chunk(3, dim=-1)
+    assert torch.allclose(q, 3 * x @ a[:2].T @ b[:32, :, 0].T, atol=1e-4)
+    assert torch.allclose(v, 3 * x @ a[2:].T @ b[32:, :, 0].T, atol=1e-4) and float(k.abs().max()) <= 1e-5
+    deltaw.save(model, tmp_path / "plain")
+    again = peft.PeftModel.from_pretrained(build("gpt2"), str(tmp_path / "plain")).eval()
+    assert float((outputs("gpt2", again) - outputs("gpt2", model)).abs().max()) <= 1e-4
