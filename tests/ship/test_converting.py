@@ -258,3 +258,7 @@ def test_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2 and "exists: give another output" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*arguments[:3], "--output", str(tmp_path / "x"), "--to", "kohya", "--alpha", "3"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2 and "--to, --alpha is for adapters: leave it out" in capsys.readouterr().err
