@@ -58,6 +58,7 @@ def test_a_history_in_words() -> None:
     assert said["recipe"] == "adapter.method lora, adapter.rank 8, and 1 more" and said["odd.deep"] == "1, 2.5"
     assert dict(history(meta, whole=True))["recipe"].endswith("train.clip 1")
     assert dict(history({"parents": ["c"]})) == {"continues": "c"} and history({}) == []
+    assert dict(history({"parents": ["c"], "converted": {"from": "kohya"}}))["made from"] == "c"
 
 
 def svgs(page: str) -> list[ET.Element]:

@@ -1,5 +1,6 @@
 """Other tools' configurations as ours: values exact, nothing lost in silence, facts checked against the installed libraries."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -169,6 +170,28 @@ def test_near_misses_and_secrets() -> None:
     found, left = foreign.text({**FACTORY, "lora_rnak": 8, "swanlab_api_key": "abc123"})
     why = {one.key: one.why for one in left}
     assert "did you mean 'lora_rank'" in why["lora_rnak"] and "abc123" not in found and "swanlab_api_key" in found
+    hidden = {"db_password": "abc123", "HF_TOKEN": "abc123", "login": {"user": "me", "keys": [{"api_key": "abc123"}]}}
+    found, left = foreign.text({**FACTORY, **hidden})
+    assert "abc123" not in found and "abc123" not in repr(left) and hidden.keys() <= {one.key for one in left}
+
+
+ODD = ({}, {"a": 1}, [], [[1]], [None], "x", -1, 1.5, True, float("nan"), float("inf"), 10**400)
+
+
+def test_odd_values_are_errors_of_the_configuration() -> None:
+    """Whatever stands at a key, it is carried over, left with a reason, or a ConfigError; never another exception."""
+    for key in (*from_llamafactory.KNOWN, *from_llamafactory.REASONS):
+        for value in ODD:
+            with contextlib.suppress(ConfigError):
+                foreign.text({**FACTORY, key: value})
+    for key in (*from_lora_config.KNOWN, *from_lora_config.REASONS):
+        for value in ODD:
+            with contextlib.suppress(ConfigError):
+                foreign.text({"peft_type": "LORA", "r": 4, key: value})
+    with pytest.raises(ConfigError, match=r"target_parameters=True is not a list"):
+        foreign.text({"peft_type": "LORA", "target_parameters": True})
+    with pytest.raises(ConfigError, match=r"stage: .* is none of"):
+        foreign.text({**FACTORY, "stage": {"a": 1}})
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,8 @@ def test_a_library_that_is_read_only(make, library: Library) -> None:
         (lambda b, lib: overwrite(b / "adapter/tokens.json", '{"<a>": 1}'), ["is not what it was"]),
         (lambda b, lib: overwrite(b / "adapter" / CONFIG, "{}"), ["cannot be read"]),
         (lambda b, lib: edit_read_only(b / "record.json", parameters=5), ["says another parameters"]),
+        (lambda b, lib: edit_read_only(b / "record.json", meta=None), ["cannot be read", "meta hold what they cannot"]),
+        (lambda b, lib: edit_read_only(b / "record.json", bytes="5", ranks=["x"]), ["bytes, ranks hold"]),
         (lambda b, lib: (b / "record.json").unlink(), ["cannot be read"]),
         (lambda b, lib: shutil.rmtree(b), ["sql@1 points to sha256:", "lost its parent"]),
         (lambda b, lib: overwrite(b / "adapter/virus.py", "x"), ["virus.py is no part of a library"]),
@@ -342,7 +344,13 @@ def edit_read_only(file: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "harm", [lambda b: flip(b / "adapter" / WEIGHTS), lambda b: (b / "record.json").unlink(), shutil.rmtree]
+    "harm",
+    [
+        lambda b: flip(b / "adapter" / WEIGHTS),
+        lambda b: (b / "record.json").unlink(),
+        lambda b: edit_read_only(b / "record.json", methods=[1]),
+        shutil.rmtree,
+    ],
 )
 def test_adding_it_again_repairs_it(make, library: Library, harm) -> None:
     folder = make("a", 1)

@@ -39,7 +39,8 @@ def history(meta: Mapping[str, Any], whole: bool = False) -> list[tuple[str, str
             ("mixed from", " + ".join(f"{_short(w)} × {_digest(p)}" for w, p in zip(weights, parents, strict=True)))
         )
     elif parents:
-        found.append(("continues", ", ".join(map(_digest, parents))))
+        how = "made from" if "converted" in left else "continues"
+        found.append((how, ", ".join(map(_digest, parents))))
     if isinstance(cut := left.pop("cut", None), Mapping) and {"rank", "relative_error"} <= cut.keys():
         found.append(
             ("cut", f"to rank {cut['rank']}, at most {cut['relative_error']:.2%} of a module's change was lost")

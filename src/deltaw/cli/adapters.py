@@ -1,6 +1,7 @@
 """deltaw adapters: a directory of adapters as a collection. See `deltaw.library.store`."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,7 +108,11 @@ def _methods(facts: Any) -> str:
 
 
 def _measured(facts: Any) -> str:
-    found = facts.meta.get("metrics") or {}
+    """The first four numbers, losses before all."""
+    found = facts.meta.get("metrics")
+    found = found if isinstance(found, Mapping) else {}
+    losses = found.get("losses")
+    found = {**(losses if isinstance(losses, Mapping) else {}), **found}
     numbers = {key: value for key, value in found.items() if isinstance(value, int | float)}
     return ", ".join(f"{key.replace('_', '-')} {value:.4g}" for key, value in list(numbers.items())[:4])
 

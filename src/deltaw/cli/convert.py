@@ -49,7 +49,9 @@ def convert(
     import dataclasses
 
     if source.suffix in (".yaml", ".yml", ".json"):
-        _configuration(source, output, as_json)
+        given = {"--to": to != "deltaw", "--from": tool, "--model": model, "--alpha": alpha is not None,
+                 "--enable-lora": enable_lora, "--allow-pickle": allow_pickle}  # fmt: skip
+        _configuration(source, output, [name for name, value in given.items() if value], as_json)
         return
 
     from deltaw.ship.convert import convert as converted
@@ -67,12 +69,14 @@ def convert(
     show({**dataclasses.asdict(done), "notes": list(done.notes)}, as_json, text)
 
 
-def _configuration(source: Path, output: Path, as_json: bool) -> None:
+def _configuration(source: Path, output: Path, given: list[str], as_json: bool) -> None:
     """A configuration of LLaMA-Factory or PEFT, or a block of LoRA options, as a YAML file of ours."""
     from deltaw.config import foreign, parse
     from deltaw.core.errors import UseError
     from deltaw.core.files import write_text
 
+    if given:
+        raise UseError(f"{source} is a configuration, and {', '.join(given)} is for adapters: leave it out")
     if output.exists():
         raise UseError(f"{output} exists: give another output")
     text, left = foreign.text(parse.load(str(source)))

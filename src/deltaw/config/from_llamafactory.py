@@ -123,7 +123,9 @@ def converted(record: Mapping[str, Any], adapter: Mapping[str, Any] | None = Non
     given = Given(record)
     stage, kind = given.take("stage", "sft"), given.take("finetuning_type", "lora")
     found = (
-        [] if stage in OBJECTIVES else [f"stage: {stage} is none of those that deltaw trains: {', '.join(OBJECTIVES)}"]
+        []
+        if stage in list(OBJECTIVES)
+        else [f"stage: {stage} is none of those that deltaw trains: {', '.join(OBJECTIVES)}"]
     )
     if kind != "lora":
         found.append(
@@ -247,7 +249,7 @@ def _train(given: Given) -> dict[str, Any]:
     given.leave("fp16", "fp16 is not trained in: train.dtype is auto, bf16 where the device has it")
     for key, ours in (("logging_steps", "log_every"), ("save_steps", "save_every"), ("eval_steps", "eval_every")):
         every = given.take(key)
-        if number(every) and float(every).is_integer():
+        if isinstance(every, int | float) and number(every) and every % 1 == 0:
             found[ours] = int(every)
         elif every is not None:
             given.left_out(key, every, f"train.{ours} counts steps, in whole numbers")
@@ -260,11 +262,12 @@ def _train(given: Given) -> dict[str, Any]:
 
 
 def _one_of(known: Mapping[str, str], value: Any, given: Given, key: str) -> str | None:
-    if value not in known:
+    if value not in list(known):  # which may be a table, that no dictionary looks up
         given.left_out(
             key, value, f"there are {', '.join(dict.fromkeys(known.values()))} here, the first of them by default"
         )
-    return known.get(value)
+        return None
+    return known[value]
 
 
 def _warmup(given: Given, steps: int | None) -> float:

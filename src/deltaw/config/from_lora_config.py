@@ -138,6 +138,8 @@ def _rho(given: Given) -> Any:
 
 def _targets(given: Given) -> Any:
     named, weights = modules(given.take("target_modules")), given.take("target_parameters")
+    if weights and not isinstance(weights, list | tuple | set):
+        raise ConfigError(f"target_parameters={weights!r} is not a list of names: write them as one")
     if weights:
         return [*([named] if isinstance(named, str) else named or []), *weights]
     return named

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from deltaw.core.errors import did_you_mean
 
 OFF: tuple[Any, ...] = (None, False, "", "none", "no", [], {}, ())
-SECRET = ("token", "api_key", "secret", "webhook_url")
+SECRET = ("token", "api_key", "access_key", "secret", "password", "credentials", "webhook_url")
 
 
 class Left(NamedTuple):
@@ -46,7 +46,7 @@ class Given:
     def leave(self, key: str, why: str) -> None:
         value = self._rest.pop(key, None)
         if not any(value == off and type(value) is type(off) for off in OFF):
-            self.left.append(Left(key, None if key.endswith(SECRET) else value, why))
+            self.left.append(Left(key, shown(key, value), why))
 
     def left_out(self, key: str, value: Any, why: str) -> None:
         """Of a key that was taken, and cannot be carried over with this value."""
@@ -61,10 +61,19 @@ class Given:
                 self.leave(key, why)
             else:
                 value = self._rest.pop(key)
-                hidden = None if str(key).endswith(SECRET) else value
                 near = did_you_mean(str(key), names)
-                self.left.append(Left(str(key), hidden, f"not known here as a key of {tool}{near}"))
+                self.left.append(Left(str(key), shown(key, value), f"not known here as a key of {tool}{near}"))
         return self.left
+
+
+def shown(key: Any, value: Any) -> Any:
+    """`value`, or None where it is a secret or holds one."""
+    if str(key).lower().endswith(SECRET):
+        return None
+    inside = (
+        value.items() if isinstance(value, Mapping) else (("", v) for v in value) if isinstance(value, list) else ()
+    )
+    return None if any(one is not None and shown(name, one) is None for name, one in inside) else value
 
 
 def number(value: Any) -> bool:

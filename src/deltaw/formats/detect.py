@@ -7,14 +7,14 @@
     mlx         <path>.lora_a, .lora_b                                      mlx-lm
     torchtune   layers.N.attn.q_proj.lora_a.weight                          torchtune
 
-No substring decides, and no file name. Where two tools could have written it, the user says which (--from).
+No substring decides, and no file name; a user who knows better says which (--from).
 """
 
 import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from deltaw.core.errors import FileError, UseError
+from deltaw.core.errors import FileError
 from deltaw.formats import diffusers, kohya, loralib, mlx, torchtune
 from deltaw.formats.peft_write import PREFIX
 
@@ -30,17 +30,15 @@ TOOLS = ("deltaw", *GRAMMARS)
 
 
 def detect(keys: Collection[str]) -> str:
-    """The tool whose keys these are. FileError says of each why not, UseError where several could have written them."""
+    """The tool whose keys these are. FileError says of each why not."""
     if not keys:
         raise FileError("the file holds no tensor")
     apart = {tool: [key for key in keys if not grammar(key)] for tool, grammar in GRAMMARS.items()}
     fit = [tool for tool, others in apart.items() if not others]
-    if "peft" in fit:  # its prefix stands in front of a whole key, which other grammars then take for a path
-        return "peft"
-    if len(fit) == 1:
+    if (
+        fit
+    ):  # peft's and kohya's prefixes stand in front of a whole key, which the others take for a path: they come first
         return fit[0]
-    if fit:
-        raise UseError(f"its keys are as {' and as '.join(fit)} write them: say which, with --from {fit[0]}")
     raise FileError("its keys are of no tool that deltaw knows: " + "; ".join(_why(apart, len(keys))))
 
 

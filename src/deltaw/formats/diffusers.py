@@ -138,7 +138,9 @@ def _config(
             reading.found.append(f"the header gives alpha, and so do tensors ({next(iter(alphas))}.alpha): one must go")
         return {"peft_type": kind, **metadata}, []
     ranks = {p: rank for p, ends in layers.items() if (rank := _rank(ends)) is not None}
-    alphas = {path: alphas.get(path) or float(rank) for path, rank in ranks.items()}
+    for path in alphas.keys() - ranks.keys():
+        reading.found.append(f"key '{path}.alpha': the file holds no adapter of that layer")
+    alphas = {path: alphas.get(path, float(rank)) for path, rank in ranks.items()}
     given = sum("alpha" in ends for ends in layers.values())
     config = {
         "peft_type": kind,

@@ -99,6 +99,11 @@ def lora(a: Tensor, b: Tensor, alpha: float, magnitude: Tensor | None = None) ->
     return DoRA(**fields), {"lora_A": a, "lora_B": b, "magnitude": magnitude.flatten().contiguous()}
 
 
+def matrices(*tensors: Tensor) -> bool:
+    """Are all of them matrices, and none empty?"""
+    return all(tensor.ndim == 2 and tensor.numel() for tensor in tensors)
+
+
 def shaped(a: Tensor, b: Tensor, spec: HostSpec) -> tuple[Tensor, Tensor]:
     """Factors [r, fan_in] and [out, r], whatever singleton dimensions they carry, in the layout of the layer."""
     kernel = spec.shape[2:]

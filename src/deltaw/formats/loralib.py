@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deltaw.core.errors import UseError
 from deltaw.core.host import HostSpec
-from deltaw.formats.foreign import Parts, Piece, Reading, States, grouped, lora
+from deltaw.formats.foreign import Parts, Piece, Reading, States, grouped, lora, matrices
 from deltaw.formats.peft_valid import positive
 
 KEY = re.compile(r"(?:module\.)?(?P<path>.+)\.(?P<end>lora_A|lora_B|bias)")
@@ -77,7 +77,7 @@ def from_loralib(
 
 def _piece(a: Tensor, b: Tensor, alpha: float, spec: HostSpec, enabled: Sequence[bool] | None) -> Piece | str:
     shapes = f"lora_A is {tuple(a.shape)} and lora_B is {tuple(b.shape)} on a layer {'×'.join(map(str, spec.shape))}"
-    if a.ndim != 2 or b.ndim != 2 or spec.stack is not None:
+    if not matrices(a, b) or spec.stack is not None:
         return f"{shapes}: they are no pair of matrices for it"
     if len(spec.shape) > 2:
         return _conv(a, b, alpha, spec) if len(spec.shape) == 4 else f"{shapes}: loralib has Conv2d alone"

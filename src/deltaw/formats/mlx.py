@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deltaw.core.errors import FileError, UseError
 from deltaw.core.host import HostSpec
-from deltaw.formats.foreign import Parts, Piece, Reading, States, lora
+from deltaw.formats.foreign import Parts, Piece, Reading, States, lora, matrices
 from deltaw.formats.peft_valid import number, positive
 
 KEY = re.compile(r"(?P<path>.+)\.(?P<end>lora_a|lora_b|m)")
@@ -80,6 +80,8 @@ def _piece(group: Mapping[str, Tensor], spec: HostSpec, scale: float | None, alp
     a, b, m = group["lora_a"], group["lora_b"], group.get("m")
     if m is not None and spec.lookup:
         return "mlx-lm scales every row of a table by itself (DoRAEmbedding), deltaw's DoRA has no such form"
-    if a.ndim != 2 or b.ndim != 2:
-        return f"lora_a is {tuple(a.shape)} and lora_b is {tuple(b.shape)}: quantised, or of another kind of layer"
+    if not matrices(a, b):
+        return (
+            f"lora_a is {tuple(a.shape)} and lora_b is {tuple(b.shape)}: empty, quantised, or of another kind of layer"
+        )
     return lora(a.T, b.T, scale * a.shape[1] if scale is not None else alpha or 0.0, m)

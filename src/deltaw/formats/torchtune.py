@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from deltaw.core.errors import UseError
-from deltaw.formats.foreign import Parts, Reading, States, lora
+from deltaw.formats.foreign import Parts, Reading, States, lora, matrices
 from deltaw.formats.peft_valid import positive
 
 KEY = re.compile(
@@ -96,9 +96,11 @@ def from_torchtune(
             reading.found.append(f"{path}: missing {' and '.join(sorted(missing))}")
             continue
         a, b, m = group["lora_a.weight"], group["lora_b.weight"], group.get("magnitude")
-        if a.ndim != 2 or b.ndim != 2:
+        if not matrices(a, b) or (m is not None and m.shape != b.shape[:1]):
+            size = "" if m is None else f" and magnitude {tuple(m.shape)}"
             reading.found.append(
-                f"{path}: lora_a is {tuple(a.shape)} and lora_b is {tuple(b.shape)}, expected two matrices"
+                f"{path}: lora_a is {tuple(a.shape)} and lora_b is {tuple(b.shape)}{size}, expected two matrices"
+                + (", and of the magnitude a number for each row of lora_b" if size else "")
             )
             continue
         if ROTATED[kind] and (

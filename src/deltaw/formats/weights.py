@@ -21,6 +21,8 @@ def read_file(file: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[s
     if file.suffix != ".safetensors" and not allow_pickle:
         raise FileError(f"{file} is a pickle: read it with allow_pickle=True (--allow-pickle), tensors only")
     tensors, header = _safe(file) if file.suffix == ".safetensors" else (_pickled(file), {})
+    eighths = [key for key, t in tensors.items() if t.is_floating_point() and t.itemsize == 1]
+    tensors |= {key: tensors[key].bfloat16() for key in eighths}  # exact, and torch has arithmetic for it
     found = [f"{key} holds NaN or infinite values" for key, t in tensors.items() if not torch.isfinite(t).all()]
     if found:
         raise faults(FileError, f"{file} (training diverged, or the file is damaged: fetch or train it again)", found)

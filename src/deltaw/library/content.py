@@ -129,6 +129,16 @@ def record(stored: Stored, content: str, size: int, added: str, known: set[str])
     return dataclasses.replace(found, outside=tuple(p for p in found.parents if p not in {*known, found.tensors}))
 
 
+KINDS: Mapping[str, Any] = {
+    **dict.fromkeys(("digest", "tensors", "added", "methods", "outside"), str),
+    **dict.fromkeys(("bytes", "parameters", "sites", "ranks"), int),
+    **dict.fromkeys(("base", "layer", "quantized"), str | None),
+    "change": int | float | None,
+    "meta": Mapping,
+}
+"""Field → the type of what it holds, of tuples each."""
+
+
 def to_dict(one: Record) -> dict[str, Any]:
     return {"format": FORMAT, **dataclasses.asdict(one)}
 
@@ -141,6 +151,16 @@ def from_file(path: Path) -> Record:
         raise FileError(f"{path} is of format {version}, this deltaw reads up to {FORMAT}: upgrade deltaw")
     try:
         fields: dict[str, Any] = found | {key: tuple(found[key]) for key in ("methods", "ranks", "outside")}
-        return Record(**fields)
+        record = Record(**fields)
     except (KeyError, TypeError) as error:
         raise FileError(f"{path} is no record of an adapter: {error}") from None
+    wrong = [
+        key for key, kind in KINDS.items() if not all(isinstance(one, kind) for one in _each(getattr(record, key)))
+    ]
+    if wrong:
+        raise FileError(f"{path} is no record of an adapter: {', '.join(wrong)} hold what they cannot; add it again")
+    return record
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)

@@ -78,6 +78,9 @@ def _ours(folder: Path) -> bool:
 
 def _foreign(file: Path, tool: str | None, allow_pickle: bool) -> Source:
     tensors, header = read_file(file, allow_pickle)
+    odd = [f"{key} is in {t.dtype}" for key, t in tensors.items() if not t.is_floating_point() and t.numel() > 1]
+    if odd:
+        raise faults(FileError, f"{file}: weights of adapters are floating-point numbers", odd)
     kind = tool or detect(tensors)
     if kind in FOLDERS:
         raise UseError(f"{file} holds an adapter of PEFT without its adapter_config.json: give the folder of both")

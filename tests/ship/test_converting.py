@@ -258,3 +258,23 @@ def test_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2 and "exists: give another output" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*arguments[:3], "--output", str(tmp_path / "x"), "--to", "kohya", "--alpha", "3"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2 and "--to, --alpha is for adapters: leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.complex64, torch.bool])
+def test_numbers_of_other_kinds(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Eight-bit floats are read exactly; whole and complex numbers are no weights, and nothing of them is dropped."""
+    name = "lycoris_model_layers_0_self_attn_q_proj"
+    pair = {"lora_down.weight": torch.randn(2, 256).to(dtype), "lora_up.weight": torch.randn(256, 2).to(dtype)}
+    save_file({f"{name}.{end}": tensor for end, tensor in pair.items()}, tmp_path / "a.safetensors")
+    if not dtype.is_floating_point:
+        with pytest.raises(FileError, match="weights of adapters are floating-point numbers"):
+            convert(tmp_path / "a.safetensors", tmp_path / "out", model="tiny")
+        return
+    convert(tmp_path / "a.safetensors", tmp_path / "out", model="tiny")
+    (found,) = directory.read(tmp_path / "out")[0].tensors.values()
+    assert torch.equal(found["lora_A"].float(), pair["lora_down.weight"].float())
+    assert torch.equal(found["lora_B"].float(), pair["lora_up.weight"].float())

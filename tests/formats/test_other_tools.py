@@ -13,6 +13,7 @@ from deltaw.core.errors import ConfigError, FileError, UseError
 from deltaw.core.method import Site
 from deltaw.core.state import AdapterState, delta
 from deltaw.formats.detect import TOOLS, detect
+from deltaw.formats.diffusers import from_diffusers
 from deltaw.formats.foreign import Parts
 from deltaw.formats.loralib import from_loralib
 from deltaw.formats.mlx import from_mlx
@@ -248,6 +249,7 @@ def test_whose_file_it_is() -> None:
     keys = {
         "peft": ["base_model.model.layers.0.q_proj.lora_A.weight"],
         "kohya": ["lora_unet_mid_block_resnets_0_conv1.lora_mid.weight", "lora_te1_x.alpha"],
+        "kohya ": ["lora_unet_a.lokr_w1", "lora_unet_a.lokr_w2", "lora_unet_a.alpha"],  # diffusers' LoKr, by its ends
         "diffusers": [
             "unet.a.to_k.lora_A.weight",
             "text_encoder.b.q_proj.lora_linear_layer.up.weight",
@@ -257,12 +259,42 @@ def test_whose_file_it_is() -> None:
         "mlx": ["model.layers.3.self_attn.q_proj.lora_a", "model.layers.3.self_attn.q_proj.m"],
         "torchtune": ["layers.0.attn.output_proj.lora_b.weight", "output.lora_a.weight"],
     }
-    assert {"deltaw", *keys} == set(TOOLS)
+    assert {"deltaw", *map(str.strip, keys)} == set(TOOLS)
     for tool, some in keys.items():
-        assert detect(some) == tool
+        assert detect(some) == tool.strip()
     with pytest.raises(FileError, match=re.escape("loralib: 1 of 2 are not ('lora.weight')")):
         detect(["a.lora_A", "lora.weight"])
-    with pytest.raises(UseError, match="as kohya and as diffusers write them: say which, with --from kohya"):
-        detect(["lora_unet_a.alpha"])
     with pytest.raises(FileError, match="holds no tensor"):
         detect([])
+
+
+@pytest.mark.parametrize("a, b", [((0, 10), (8, 0)), ((2, 10), (8, 0)), ((4, 10), (0, 2)), ((0, 0), (0, 0))], ids=str)
+def test_empty_factors_are_named(a: tuple[int, int], b: tuple[int, int]) -> None:
+    """A tensor of no size is a fault of its layer, not a division by zero."""
+    with pytest.raises(FileError, match="q_proj: lora_A is"):
+        from_loralib({"q_proj.lora_A": torch.ones(a), "q_proj.lora_B": torch.ones(b)}, PARTS, alpha=4)
+    with pytest.raises(FileError, match="q_proj: lora_a is"):
+        from_mlx({"q_proj.lora_a": torch.ones(a).T, "q_proj.lora_b": torch.ones(b).T}, PARTS, {}, alpha=4)
+    name = "layers.0.attn.q_proj"
+    with pytest.raises(FileError, match="q_proj: lora_a is"):
+        pair = {f"{name}.lora_a.weight": torch.ones(a), f"{name}.lora_b.weight": torch.ones(b)}
+        from_torchtune(pair, {"model": layout(Attention())}, LLAMA, alpha=4)
+
+
+def test_a_magnitude_of_another_size_is_named() -> None:
+    tensors = {"lora_a.weight": torch.ones(3, 12), "lora_b.weight": torch.ones(24, 3), "magnitude": torch.ones(7)}
+    named = {f"layers.0.attn.q_proj.{end}": tensor for end, tensor in tensors.items()}
+    with pytest.raises(
+        FileError, match=r"magnitude \(7,\), expected two matrices, and of the magnitude a number for each"
+    ):
+        from_torchtune(named, {"model": layout(Attention())}, LLAMA, alpha=4)
+
+
+@pytest.mark.parametrize(
+    "alpha, said", [("conv.alpha", "conv.alpha': the file holds no adapter"), ("q_proj.alpha", "")]
+)
+def test_alphas_of_diffusers_that_are_nobodys_or_nothing(alpha: str, said: str) -> None:
+    """An α beside no adapter is a key that cannot be placed; one of zero is a scale of zero, and not α = r."""
+    pair = {"q_proj.lora_A.weight": torch.ones(3, 10), "q_proj.lora_B.weight": torch.ones(8, 3)}
+    with pytest.raises(FileError, match=said or "positive number"):
+        from_diffusers({**pair, alpha: torch.tensor(0.0)}, PARTS)
