@@ -53,9 +53,10 @@ def test_several_with_strengths_on_prompts(run: Run, pair: list[Path], tmp_path:
     assert found["weights"] == 42 and found["max_logit_difference"] < 1e-3 < found["effect"]
     record = json.loads((tmp_path / "m/merge.json").read_text())
     assert [one["strength"] for one in record["adapters"]] == [0.7, -0.3] and 4 < record["positions"] < 20
-    (tmp_path / "empty.txt").write_text("\n")
-    code, _, err = run("merge", pair[1], "--output", tmp_path / "n", "--prompts", tmp_path / "empty.txt")
-    assert code == 2 and "holds no prompt" in err and not (tmp_path / "n").exists()
+    for text in (b"\n", b"\x80\x81 no text"):
+        (tmp_path / "empty.txt").write_bytes(text)
+        code, _, err = run("merge", pair[1], "--output", tmp_path / "n", "--prompts", tmp_path / "empty.txt")
+        assert code == 2 and "holds no prompt" in err and not (tmp_path / "n").exists()
 
 
 def test_left_out_checks_are_said(run: Run, pair: list[Path], tmp_path: Path) -> None:

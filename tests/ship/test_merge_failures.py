@@ -66,7 +66,28 @@ def test_targets_that_are_rounded_off_are_named(pair: Pair, tmp_path: Path) -> N
 
 def test_a_change_that_overflows(pair: Pair, tmp_path: Path) -> None:
     part = adapter(pair.base, tmp_path / "a", deltaw.LoRA(rank=4, alpha=1e9))
-    fails(MergeError, "not finite in its dtype", pair.base, part, tmp_path / "x", dtype="fp16", check=False)
+    fails(MergeError, "not finite in the dtype", pair.base, part, tmp_path / "x", dtype="fp16", check=False)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_weight_beside_the_targets_that_overflows(pickled: bool, pair: Pair, tmp_path: Path) -> None:
+    """It is cast, not merged: without the comparison of logits nothing else would see it."""
+    model = opened(pair.base)
+    model.model.norm.weight.data[3] = 1e6
+    base = stored(model, tmp_path / "base", torch.float32)
+    if pickled:
+        torch.save(model.state_dict(), base / "pytorch_model.bin")
+        for file in base.glob("*.safetensors*"):
+            file.unlink()
+        for file in TINY.iterdir():
+            if "token" in file.name:
+                shutil.copy(file, base)
+    options = {"dtype": "fp16", "check": False, "allow_base_mismatch": True}
+    fails(MergeError, "model.norm.weight: the weight is not finite", base, pair.adapter, tmp_path / "x", **options)
+
+
+def test_logits_that_are_not_finite_prove_nothing(pair: Pair, tmp_path: Path) -> None:
+    fails(MergeError, "logits that are not finite", pair.base, [(pair.adapter, 1e30)], tmp_path / "x", dtype="fp32")
 
 
 def test_missing_and_cut_shards(pair: Pair, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ A plan has one of three ends: the way to write every shard; a reason why this me
 MergeError, for what no way can merge.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,13 +44,16 @@ class Plan:
         kinds = {asked or self.checkpoint.entries[key].dtype for key in self.changed}
         return max((kind for kind in kinds if kind is not None), key=lambda kind: torch.finfo(kind).eps)
 
-    def vanished(self, subject: str) -> list[str]:
-        """After writing: parameters that were to change and did not. MergeError where none did, or one overflowed."""
-        infinite = [name for name, keys in self.targets.items() if self.tally.infinite & set(keys)]
+    def vanished(self, subject: str, infinite: Collection[str] = ()) -> list[str]:
+        """After writing: parameters that were to change and did not. MergeError where none did, or one overflowed.
+
+        infinite: tensors beside them that the dtype cannot hold.
+        """
+        infinite = [name for name, keys in self.targets.items() if self.tally.infinite & set(keys)] + sorted(infinite)
         if infinite:
             head = f"{subject} cannot be merged"
             raise faults(
-                MergeError, head, [f"{name}: the merged weight is not finite in its dtype" for name in infinite]
+                MergeError, head, [f"{name}: the weight is not finite in the dtype to write" for name in infinite]
             )
         if not self.tally.changed:
             raise MergeError(NOTHING.format(subject))
