@@ -1,6 +1,7 @@
 """deltaw merge on the command line: several adapters, prompts, no comparison, an interrupt."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -65,14 +66,19 @@ def test_left_out_checks_are_said(run: Run, pair: list[Path], tmp_path: Path) ->
     assert json.loads((tmp_path / "m/merge.json").read_text())["max_logit_difference"] is None
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_is_one_sentence(
-    run: Run, pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    monkeypatch.setattr(disk, "_copy", lambda *given: signal.raise_signal(signal.SIGINT))
-    before = signal.getsignal(signal.SIGINT)
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    # one that nobody heard would end the tests
+    monkeypatch.setattr(
+        disk, "_copy", lambda *given: signal.getsignal(number) is before[number] or os.kill(os.getpid(), number)
+    )
     try:
         code, out, err = run("merge", pair[1], "--output", tmp_path / "x/m", "--no-check")
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     assert code == 1 and not out and err == f"error: interrupted: {tmp_path / 'x/m'} was not written\n"
     assert list((tmp_path / "x").iterdir()) == []
