@@ -53,6 +53,8 @@ def test_an_adapter_without_a_change(check: bool, pair: Pair, tmp_path: Path) ->
     zero = adapter(pair.base, tmp_path / "zero", deltaw.LoRA(rank=4), std=0.0)
     fails(MergeError, "would change no weight at all", pair.base, zero, tmp_path / "x", check=check)
     fails(MergeError, "would change no weight", pair.base, [(pair.adapter, 0.0)], tmp_path / "x", check=check)
+    both = [(pair.adapter, 0.7), (pair.adapter, -0.7)]  # what rounding leaves of them would still tip single numbers
+    fails(MergeError, "would change no weight", pair.base, both, tmp_path / "x", check=check)
     small = adapter(pair.base, tmp_path / "small", deltaw.LoRA(rank=4, alpha=1e-12))
     fails(MergeError, "too small for the weights' dtype", pair.base, small, tmp_path / "x", check=check)
 

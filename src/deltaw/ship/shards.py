@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deltaw.analysis.norms import norm
-from deltaw.core.adapter import WeightAdapter
+from deltaw.core.adapter import Factors, WeightAdapter
 from deltaw.core.errors import MergeError, faults
 from deltaw.core.merge import changes, obstacles
 from deltaw.models.adapters import LoadReport
@@ -76,7 +76,7 @@ def plan(job: Job, checkpoint: Checkpoint) -> Plan | str:
             assert isinstance(adapter, WeightAdapter), "those without a ΔW are obstacles"
             if strength:
                 terms.setdefault(base.one[id(host.stored)], []).append(Term(adapter, host, strength))
-    if not any(_acts(term) for group in terms.values() for term in group):
+    if not any(map(_act, terms.values())):
         raise MergeError(NOTHING.format(subject(job)))
     targets = {parameter: base.names.keys(parameter) for parameter in terms}
     for parameter, keys in targets.items():
@@ -101,9 +101,14 @@ def subject(job: Job) -> str:
     return " + ".join(str(folder) if strength == 1 else f"{strength:g} × {folder}" for folder, strength in job.parts)
 
 
-def _acts(term: Term) -> bool:
-    factors = term.adapter.factors()
-    return factors is None or norm(factors) > 0
+def _act(terms: Sequence[Term]) -> bool:
+    """Do these change their parameter? Not where they cancel to what rounding leaves of them."""
+    known = [(factors, term.strength) for term in terms if (factors := term.adapter.factors()) is not None]
+    if len(known) < len(terms):
+        return True
+    a = torch.cat([one.a.double() for one, _ in known], dim=-2)
+    b = torch.cat([weight * one.scale * one.b.double() for one, weight in known], dim=-1)
+    return norm(Factors(a, b, 1.0)) > 1e-6 * sum(abs(weight) * norm(one) for one, weight in known)
 
 
 def _reader(checkpoint: Checkpoint, key: str) -> Any:
