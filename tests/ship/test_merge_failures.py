@@ -92,6 +92,15 @@ def test_logits_that_are_not_finite_prove_nothing(pair: Pair, tmp_path: Path) ->
     fails(MergeError, "logits that are not finite", pair.base, [(pair.adapter, 1e30)], tmp_path / "x", dtype="fp32")
 
 
+def test_templates_by_other_names_go_along(pair: Pair, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(pair.base, tmp_path / "base"))
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/rag.jinja").write_text("{{ messages }}")
+    done = merge_to_folder(str(base), pair.adapter, tmp_path / "m", check=False)
+    assert (tmp_path / "m/additional_chat_templates/rag.jinja").read_text() == "{{ messages }}"
+    assert "additional_chat_templates/rag.jinja" in done.files and "model.safetensors.index.json" in done.files
+
+
 def test_missing_and_cut_shards(pair: Pair, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(pair.base, base)

@@ -251,7 +251,8 @@ def _checked(
     """Read back what was written, hold it against the reference, and write the report beside it."""
     difference = None
     with out.clock("check"):
-        files = {file.name: _digest(file) for file in sorted(out.folder.iterdir()) if file.is_file()}
+        there = sorted(file for file in out.folder.rglob("*") if file.is_file())
+        files = {file.relative_to(out.folder).as_posix(): _digest(file) for file in there}
         if held is not None:
             difference = held.held(loaded(str(out.folder), job.layer), dtype)
             gc.collect()
