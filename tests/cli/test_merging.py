@@ -1,6 +1,7 @@
 """deltaw merge on the command line: several adapters, prompts, no comparison, an interrupt."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -53,9 +54,10 @@ def test_several_with_strengths_on_prompts(run: Run, pair: list[Path], tmp_path:
     assert found["weights"] == 42 and found["max_logit_difference"] < 1e-3 < found["effect"]
     record = json.loads((tmp_path / "m/merge.json").read_text())
     assert [one["strength"] for one in record["adapters"]] == [0.7, -0.3] and 4 < record["positions"] < 20
-    (tmp_path / "empty.txt").write_text("\n")
-    code, _, err = run("merge", pair[1], "--output", tmp_path / "n", "--prompts", tmp_path / "empty.txt")
-    assert code == 2 and "holds no prompt" in err and not (tmp_path / "n").exists()
+    for text in (b"\n", b"\x80\x81 no text"):
+        (tmp_path / "empty.txt").write_bytes(text)
+        code, _, err = run("merge", pair[1], "--output", tmp_path / "n", "--prompts", tmp_path / "empty.txt")
+        assert code == 2 and "holds no prompt" in err and not (tmp_path / "n").exists()
 
 
 def test_left_out_checks_are_said(run: Run, pair: list[Path], tmp_path: Path) -> None:
@@ -64,14 +66,19 @@ def test_left_out_checks_are_said(run: Run, pair: list[Path], tmp_path: Path) ->
     assert json.loads((tmp_path / "m/merge.json").read_text())["max_logit_difference"] is None
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_is_one_sentence(
-    run: Run, pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    monkeypatch.setattr(disk, "_copy", lambda *given: signal.raise_signal(signal.SIGINT))
-    before = signal.getsignal(signal.SIGINT)
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    # one that nobody heard would end the tests
+    monkeypatch.setattr(
+        disk, "_copy", lambda *given: signal.getsignal(number) is before[number] or os.kill(os.getpid(), number)
+    )
     try:
         code, out, err = run("merge", pair[1], "--output", tmp_path / "x/m", "--no-check")
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     assert code == 1 and not out and err == f"error: interrupted: {tmp_path / 'x/m'} was not written\n"
     assert list((tmp_path / "x").iterdir()) == []

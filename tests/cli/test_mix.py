@@ -192,3 +192,12 @@ def test_nothing_stays_of_a_mix_that_reads_as_another_one(
     monkeypatch.setattr(directory, "write", wrong)
     code, _, err = run("mix", made / "a", "--output", tmp_path / "out" / "mixed")
     assert code == 1 and "reads as another one, nothing is kept of it" in err and not list((tmp_path / "out").iterdir())
+
+
+def test_bases_that_only_have_names_are_compared_by_them(run: Run, made: Path, shared: Path, tmp_path: Path) -> None:
+    """Nothing proves that they are two, but nobody should hear of it from a model that will not take the mix."""
+    strange = shared / "adapters/niket-sharma__LLMs-from-groundup/lora_adapters"
+    code, _, err = run("mix", strange, made / "a", "--output", tmp_path / "m")
+    assert code == 0 and "the adapters name different bases (distilgpt2, tiny)" in err
+    code, _, err = run("mix", made / "a", made / "b", "--output", tmp_path / "n")
+    assert code == 0 and not err

@@ -68,6 +68,12 @@ def test_truncated(folder: Path, keep: int) -> None:
     refused(folder, FileError, "not a safetensors file", "corrupt or cut short")
 
 
+def test_truncated_where_the_size_of_the_header_begins_as_a_pickle_does(folder: Path) -> None:
+    header = b"{" + b" " * 0x17E + b"}"  # 0x180 bytes: the file begins with 0x80
+    (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header[:100])
+    refused(folder, FileError, "corrupt or cut short")
+
+
 def test_pickle_where_safetensors_belongs(folder: Path) -> None:
     tensors = {key: tensor.clone() for key, tensor in load_file(folder / WEIGHTS).items()}  # not mapped to the file
     torch.save(tensors, folder / WEIGHTS)

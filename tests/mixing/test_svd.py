@@ -1,5 +1,7 @@
 """A mix in a given rank: what is discarded is what is reported, and PEFT's own SVD mix gives the same change."""
 
+from dataclasses import replace
+
 import peft
 import pytest
 import torch
@@ -80,6 +82,21 @@ def test_a_part_of_no_weight_leaves_no_rank() -> None:
     torch.testing.assert_close(
         delta(cut, site, torch.zeros(17, 24)), delta(mine[0], site, torch.zeros(17, 24)), rtol=1e-4, atol=1e-5
     )
+
+
+def test_what_cancels_leaves_no_noise_behind() -> None:
+    """a + 0.4 b − 0.4 b is a in its own rank, and nothing where only b was: not rounding in the ranks of both."""
+    torch.manual_seed(0)
+    a, b, _ = states(nn.Sequential(nn.Linear(24, 17), nn.Linear(17, 20)))
+    first, second = a.methods
+    a = replace(a, methods={first: a.methods[first]}, tensors={first: a.tensors[first]})
+    back, report = svd([exact([a, b], [1.0, 0.4]), b], [1.0, -0.4], energy=1.0)
+    assert list(back.methods) == [first] and report.sites[first].rank == 4 and second in b.methods
+    nothing, _ = svd([b, b], [1.0, -1.0], energy=0.9)
+    assert not nothing.methods
+    close = exact([a, b], [1e-4, 1.0])  # the rest is four orders smaller than what is taken away
+    left, report = svd([close, b], [1.0, -1.0], energy=1.0)
+    assert report.sites[first].rank == 4 and report.error < 1e-2 and list(left.methods) == [first]
 
 
 def test_energy_chooses_the_smallest_ranks() -> None:

@@ -201,7 +201,7 @@ CASES: dict[str, tuple[Callable[[Folder], None], dict[str, set[str]]]] = {
     "no targets": (without("target_modules"), at(vllm="required", sglang="required")),
     "no alpha": (without("lora_alpha"), at(vllm="required", sglang="required", llama="required")),
     "a rank of zero": (option(rank_pattern={"q_proj": 0}), at(vllm="ranks")),
-    "another peft_type": (option(peft_type="ADALORA"), at(sglang="type")),
+    "another peft_type": (option(peft_type="ADALORA"), everywhere("type")),
     "a saved head": (option(modules_to_save=["lm_head"]), at(vllm="saved", sglang="saved", lorax="saved")),
     "a classifier": (CLASSIFIER, at(**BESIDE)),
     "two classifiers": (

@@ -53,6 +53,8 @@ def test_an_adapter_without_a_change(check: bool, pair: Pair, tmp_path: Path) ->
     zero = adapter(pair.base, tmp_path / "zero", deltaw.LoRA(rank=4), std=0.0)
     fails(MergeError, "would change no weight at all", pair.base, zero, tmp_path / "x", check=check)
     fails(MergeError, "would change no weight", pair.base, [(pair.adapter, 0.0)], tmp_path / "x", check=check)
+    both = [(pair.adapter, 0.7), (pair.adapter, -0.7)]  # what rounding leaves of them would still tip single numbers
+    fails(MergeError, "would change no weight", pair.base, both, tmp_path / "x", check=check)
     small = adapter(pair.base, tmp_path / "small", deltaw.LoRA(rank=4, alpha=1e-12))
     fails(MergeError, "too small for the weights' dtype", pair.base, small, tmp_path / "x", check=check)
 
@@ -66,7 +68,37 @@ def test_targets_that_are_rounded_off_are_named(pair: Pair, tmp_path: Path) -> N
 
 def test_a_change_that_overflows(pair: Pair, tmp_path: Path) -> None:
     part = adapter(pair.base, tmp_path / "a", deltaw.LoRA(rank=4, alpha=1e9))
-    fails(MergeError, "not finite in its dtype", pair.base, part, tmp_path / "x", dtype="fp16", check=False)
+    fails(MergeError, "not finite in the dtype", pair.base, part, tmp_path / "x", dtype="fp16", check=False)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_weight_beside_the_targets_that_overflows(pickled: bool, pair: Pair, tmp_path: Path) -> None:
+    """It is cast, not merged: without the comparison of logits nothing else would see it."""
+    model = opened(pair.base)
+    model.model.norm.weight.data[3] = 1e6
+    base = stored(model, tmp_path / "base", torch.float32)
+    if pickled:
+        torch.save(model.state_dict(), base / "pytorch_model.bin")
+        for file in base.glob("*.safetensors*"):
+            file.unlink()
+        for file in TINY.iterdir():
+            if "token" in file.name:
+                shutil.copy(file, base)
+    options = {"dtype": "fp16", "check": False, "allow_base_mismatch": True}
+    fails(MergeError, "model.norm.weight: the weight is not finite", base, pair.adapter, tmp_path / "x", **options)
+
+
+def test_logits_that_are_not_finite_prove_nothing(pair: Pair, tmp_path: Path) -> None:
+    fails(MergeError, "logits that are not finite", pair.base, [(pair.adapter, 1e30)], tmp_path / "x", dtype="fp32")
+
+
+def test_templates_by_other_names_go_along(pair: Pair, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(pair.base, tmp_path / "base"))
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/rag.jinja").write_text("{{ messages }}")
+    done = merge_to_folder(str(base), pair.adapter, tmp_path / "m", check=False)
+    assert (tmp_path / "m/additional_chat_templates/rag.jinja").read_text() == "{{ messages }}"
+    assert "additional_chat_templates/rag.jinja" in done.files and "model.safetensors.index.json" in done.files
 
 
 def test_missing_and_cut_shards(pair: Pair, tmp_path: Path) -> None:

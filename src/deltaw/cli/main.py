@@ -42,8 +42,8 @@ INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 
 class Interrupt:
-    """The handler of Ctrl-C. Python loses an interrupt that falls into a destructor or a weak reference's callback, so
-    that it is remembered here: training asks `seen` before its first step."""
+    """The handler of Ctrl-C, and of SIGTERM: what was half done is taken away. Python loses an interrupt that falls into a
+    destructor or a weak reference's callback, so that it is remembered here: training asks `seen` before its first step."""
 
     seen = False
 
@@ -62,6 +62,7 @@ def main() -> None:
     interrupt = Interrupt()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
         sys.unraisablehook = _unraisable
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels while it is imported, quantised or not
     arguments = [a for a in sys.argv[1:] if a != "--traceback"]

@@ -82,9 +82,12 @@ def merge(
 def _prompts(file: Path) -> list[str]:
     from deltaw.core.errors import UseError
 
-    found = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        found = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        found = []
     if not found:
-        raise UseError(f"{file} holds no prompt: give a text file with one to a line")
+        raise UseError(f"{file} holds no prompt: give a text file (UTF-8) with one to a line")
     return found
 
 

@@ -82,6 +82,9 @@ def mix(
     stored = [directory.open_directory(folder, allow_pickle=allow_pickle) for folder, _ in pairs]
     for (folder, _), one in zip(pairs, stored, strict=True):
         tell(folder, one.notes)
+    names = sorted({one.base_name for one in stored if one.base_name})
+    if len(names) > 1 and any(one.state.base is None for one in stored):  # else `same_base` compares their weights
+        tell(output, [f"the adapters name different bases ({', '.join(names)}), and not all files say more of theirs"])
     kept = together([read_kept(Path(folder)) for folder, _ in pairs])
     states, weights = [one.state for one in stored], [weight for _, weight in pairs]
     base = None if model is None else _base(model, pairs, states, allow_base_mismatch)

@@ -37,7 +37,8 @@ def _safe(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         with open(file, "rb") as start:
-            pickled = start.read(2)[:1] == b"\x80" or (start.seek(0) == 0 and start.read(2) == b"PK")
+            head = start.read(9)  # of a safetensors file: the header's size, which may begin as a pickle does, and "{"
+        pickled = head[:2] == b"PK" or (head[:1] == b"\x80" and head[8:] != b"{")
         reason = "it is a pickle under another name" if pickled else f"corrupt or cut short ({error})"
         raise FileError(f"{file} is not a safetensors file: {reason}; fetch it again") from None
 

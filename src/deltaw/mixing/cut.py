@@ -48,11 +48,20 @@ def check(rank: object, energy: object) -> None:
         raise UseError("rank full keeps everything, energy cuts: give one of them")
 
 
-def of_factors(factors: Factors, rank: int | None, energy: float | None = None) -> Cut:
-    """The best approximation of s·B·A in `rank`, or in the smallest rank that keeps the energy; both: no more than either."""
+def energy_of(factors: Factors) -> float:
+    """‖ΔW‖² from the factors alone: s² · Σ (BᵀB) ∘ (A Aᵀ)."""
+    a, b = factors.a.double(), factors.b.double()
+    return factors.scale**2 * max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum()))
+
+
+def of_factors(factors: Factors, rank: int | None, energy: float | None = None, parts: float = 0.0) -> Cut:
+    """The best approximation of s·B·A in `rank`, or in the smallest rank that keeps the energy; both: no more than either.
+
+    parts: the energy of the changes that s·B·A is the sum of. Where they nearly cancel, their rounding is a larger share.
+    """
     u, s, vt = decomposed(Factors(factors.a.double(), factors.b.double(), factors.scale))
     whole = float(s.square().sum())
-    size = _rank(s, whole, rank, energy)
+    size = _rank(s, whole, rank, energy, parts)
     lost = float(s[..., size:].square().sum())
     return _balanced(u, s, vt, size, (lost / whole) ** 0.5 if whole else 0.0)
 
@@ -81,14 +90,14 @@ def whole(matrix: Tensor) -> Cut:
     return Cut(matrix, one, 0.0) if m <= n else Cut(one, matrix, 0.0)
 
 
-def _rank(values: Tensor, whole: float, rank: int | None, energy: float | None) -> int:
+def _rank(values: Tensor, whole: float, rank: int | None, energy: float | None, parts: float = 0.0) -> int:
     """How many singular values [.., k] of a change with ‖ΔW‖² = whole are kept, at least one."""
     size = values.shape[-1] if rank is None else min(rank, values.shape[-1])
     if energy is None:
         return size
     square = values.double().square().reshape(-1, values.shape[-1]).sum(0)  # [k], over a stack
     left = whole - torch.cat([square.new_zeros(1), square.cumsum(0)])  # [k + 1]: what rank 0, 1, … leaves out
-    enough = left <= max(1.0 - energy, ROUNDING) * whole
+    enough = left <= max((1.0 - energy) * whole, ROUNDING * max(whole, parts))
     return max(1, min(size, int(enough.int().argmax()))) if bool(enough.any()) else size
 
 

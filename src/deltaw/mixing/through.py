@@ -5,7 +5,8 @@
     trained copies       Σ wᵢcᵢ where the weights sum to 1, else W + Σ wᵢ(cᵢ − W) with the base's own W; never cut
     token rows           as they are; several cannot be mixed
 
-Parts of weight 0 at a site are left out, and so is a site where nothing else is.
+Parts of weight 0 at a site are left out, and so is a site where nothing else is; where an energy is asked for, also one
+where factors cancel to what rounding leaves of them.
 """
 
 import math
@@ -152,7 +153,12 @@ def _site(
         alone = len(parts) == 1 and weight == 1 and type(now) is LoRA and energy is None
         if alone and (not isinstance(rank, int) or (now.rank or 0) <= rank):
             return now, group, Converted("exact", now.rank or 0, 0.0)
-        return _of_factors(_summed(exact, [w for _, w in parts]), specs[site], rank, energy, corrects)
+        summed, most = _summed(exact, [w for _, w in parts]), 0.0
+        if energy is not None:
+            most = sum(abs(w) * cut.energy_of(term) ** 0.5 for term, (_, w) in zip(exact, parts, strict=True)) ** 2
+            if cut.energy_of(summed) <= cut.ROUNDING * most:
+                return None
+        return _of_factors(summed, specs[site], rank, energy, corrects, most)
     if rank is None and energy is None and merge is None:
         missing = next(state.methods[site].name for (state, _), term in zip(parts, terms, strict=True) if term is None)
         raise UseError(f"the change of {missing} has no low-rank factors: give the rank to cut it at")
@@ -165,12 +171,14 @@ def _site(
     return plain(made.rank, corrects=corrects), _shaped(made.a, made.b, specs[site]), done
 
 
-def _of_factors(factors: Factors, spec: HostSpec, rank: Rank, energy: float | None, corrects: bool) -> Made:
-    """A LoRA of these factors: exactly, unless a rank or energy leaves some out."""
+def _of_factors(
+    factors: Factors, spec: HostSpec, rank: Rank, energy: float | None, corrects: bool, parts: float
+) -> Made:
+    """A LoRA of these factors: exactly, unless a rank or energy leaves some out. parts: the energy of what was summed."""
     a, b, scale = factors = _without_zeros(factors)
     size = a.shape[-2]
     if energy is not None or (isinstance(rank, int) and size > rank):
-        made = cut.of_factors(factors, rank if isinstance(rank, int) else None, energy)
+        made = cut.of_factors(factors, rank if isinstance(rank, int) else None, energy, parts)
         if made.rank < size:
             done = Converted("svd", made.rank, made.error)
             return plain(made.rank, corrects=corrects), _shaped(made.a, made.b, spec), done

@@ -12,6 +12,8 @@ from deltaw.core.files import read_json, write_text
 from deltaw.models.checkpoint import AGAIN, Checkpoint
 from deltaw.ship.disk import rewritten
 
+TEMPLATES = "additional_chat_templates"
+"""The one folder that belongs to a tokenizer: its templates by other names."""
 CONFIG, REPORT = "config.json", "merge.json"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
 """Endings of files that hold weights, of the base and not of what is written."""
@@ -28,6 +30,8 @@ def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
         if not file.is_file() or ending in WEIGHTS | LEFT or index or file.name == REPORT:
             continue
         shutil.copyfile(file, folder / file.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, folder / TEMPLATES)
     if dtype is not None:
         record = read_json(folder / CONFIG, AGAIN)
         kind = str(dtype).removeprefix("torch.")

@@ -65,6 +65,11 @@ def reference(
     """What base and adapters in `model` compute on the rows."""
     with use(model, route):
         tuned = [logits(model, ids) for ids in rows]
+    if not all(bool(torch.isfinite(one).all()) for one in tuned):
+        raise MergeError(
+            "the base with the adapters on it computes logits that are not finite, there is nothing to hold the merge "
+            "against: nothing was written. Are the strengths too large?"
+        )
     size, effects = model.get_input_embeddings().weight.shape[0], [0.0]  # type: ignore[operator]
     with use(model, {}):
         for ids, one in zip(rows, tuned, strict=True):

@@ -8,8 +8,9 @@ What is neither changed nor cast is copied inside the system; memory is one bloc
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,14 @@ def rewritten(checkpoint: Checkpoint, file: str, dtype: torch.dtype | None) -> t
 
 def write(
     checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, changed: Mapping[str, Any], told: Any
-) -> None:
+) -> set[str]:
     """Write the checkpoint into the folder `target`, its floats in `dtype` (None: each in its own).
 
     changed: name on disk → a function of the dtype that yields the tensor's new values from the first to the last, a block
     after the other. told(bytes) is called as they are written. Each file is synced while the next one is computed.
+    Returns the names of the unchanged tensors that are too large for the dtype: they became infinite.
     """
+    infinite = set[str]()
     with ThreadPoolExecutor(1) as behind:
         syncing: list[Future[None]] = []
         for file in checkpoint.files:
@@ -65,8 +68,8 @@ def write(
                         wanted = entries[run[0]].dtype
                         assert wanted is not None, "only floats are computed"
                         make = changed.get(run[0])
-                        blocks = make(wanted) if make is not None else _cast(checkpoint.tensor(run[0]), wanted)
-                        for block in blocks:
+                        cast = partial(_cast, run[0], checkpoint.tensor(run[0]), infinite)
+                        for block in (make or cast)(wanted):
                             _put(new, _bytes(block))
                     else:
                         _copy(source, new, len(checkpoint.headers[file]) + old[0].start, old[-1].end - old[0].start)
@@ -82,6 +85,7 @@ def write(
             size = sum((target / f).stat().st_size - len(header_of(target / f)) for f in checkpoint.files)
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
             write_text(target / INDEX, json.dumps(index, indent=2) + "\n")
+    return infinite
 
 
 def _runs(checkpoint: Checkpoint, entries: Mapping[str, Entry], changed: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -97,8 +101,13 @@ def _runs(checkpoint: Checkpoint, entries: Mapping[str, Entry], changed: Mapping
     yield from [run] if run else []
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype, size: int = 1 << 20) -> Iterable[Tensor]:
-    return (block.to(dtype) for block in tensor.flatten().split(size))
+def _cast(key: str, tensor: Tensor, infinite: set[str], dtype: torch.dtype, size: int = 1 << 20) -> Iterator[Tensor]:
+    """The values in `dtype`; where one was finite and no longer is, the key is added to `infinite`."""
+    for block in tensor.flatten().split(size):
+        cast = block.to(dtype)
+        if bool((cast.isinf() & block.isfinite()).any()):
+            infinite.add(key)
+        yield cast
 
 
 def _bytes(block: Tensor) -> memoryview:

@@ -39,11 +39,13 @@ FILE = (
     Rule("nothing", "refuses", r.nothing),
 )
 NAN = Rule("nonfinite", "ignores", r.nonfinite)
+TYPE = Rule("type", "mis-reads", r.another_method, "inferred")
 HALF = Rule("pair", "refuses", r.half_pairs, "not verified")
 SHAPES = Rule("shapes", "refuses", r.other_shapes, "not verified")
 
 VLLM_COMMON = (
     *FILE,
+    TYPE,
     Rule("required", "refuses", r.lacks("r", "lora_alpha", "target_modules"), "measured"),
     Rule("ranks", "refuses", r.ranks_invalid, "measured"),
     Rule("saved", "refuses", r.saves_more_than(("classifier", "score")), "measured"),
@@ -110,6 +112,7 @@ SGLANG = Engine(
 )
 LORAX_RULES = (
     *FILE,
+    TYPE,
     Rule("stacked", "refuses", s.ranks_uneven, "code, LoRAX 1e223be"),
     Rule("pair", "ignores", r.half_pairs),
     Rule("layers", "ignores", s.layers_missing),
@@ -133,6 +136,7 @@ LLAMA_CPP = Engine(
     "convert_lora_to_gguf.py 0b03ada",
     (
         *FILE,
+        TYPE,
         Rule("required", "refuses", r.lacks("lora_alpha")),
         Rule("keys", "refuses", r.keys_beside(GGUF_KEYS, "it ends at tensors that are no factors")),
         Rule("pair", "refuses", r.half_pairs),
@@ -149,6 +153,7 @@ OLLAMA = Engine(
     "fb30760, 2026-08-21",
     (
         *FILE,
+        TYPE,
         Rule("alpha", "refuses", r.alpha_not_whole),
         Rule("base", "refuses", r.base_not_in(("LlamaForCausalLM", "Gemma2ForCausalLM"))),
         Rule("keys", "refuses", r.keys_beside(r"(?!)", "tensors that are no factors"), "not verified"),

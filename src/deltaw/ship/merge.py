@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from deltaw.core.base import BaseIdentity, identify
-from deltaw.core.errors import FileError, UseError
+from deltaw.core.errors import FileError, MergeError, UseError, faults
 from deltaw.core.files import must_be_free, whole_folder, write_text
 from deltaw.data.kept import read_kept, together
 from deltaw.formats import directory
@@ -207,8 +207,8 @@ def _in_shards(job: Job, found: Plan, out: _Out) -> Shipped:
             words = load_tokenizer(job.model)[0]
             job.kept.give(words)
             words.save_pretrained(out.folder)
-        disk.write(found.checkpoint, out.folder, out.dtype, found.changed, count)
-    gone = found.vanished(subject(job))
+        infinite = disk.write(found.checkpoint, out.folder, out.dtype, found.changed, count)
+    gone = found.vanished(subject(job), infinite)
     return _checked(
         job, out, found.dtype(out.dtype), held, reports, found.base.identity,
         weights=len(found.targets), way="shards", vanished=tuple(gone), private=memory.rise,
@@ -223,7 +223,12 @@ def _in_memory(job: Job, reason: str, out: _Out) -> Shipped:
         merged = merge_live(there, job)
         own = getattr(read_config(job.model), "dtype", None)
         written = out.dtype or (own if own in DTYPES.values() else torch.float32)
+        finite = {name for name, tensor in there.model.state_dict().items() if tensor.isfinite().all()}
         there.model.to(written)
+        lost = [name for name, t in there.model.state_dict().items() if name in finite and not t.isfinite().all()]
+        if lost:
+            said = [f"{name}: the weight is not finite in {out.dtype or written}" for name in lost]
+            raise faults(MergeError, f"{subject(job)} cannot be merged", said)
         there.model.save_pretrained(out.folder)
         there.tokenizer.save_pretrained(out.folder)
     held, reports = there.reference, there.reports
@@ -246,7 +251,8 @@ def _checked(
     """Read back what was written, hold it against the reference, and write the report beside it."""
     difference = None
     with out.clock("check"):
-        files = {file.name: _digest(file) for file in sorted(out.folder.iterdir()) if file.is_file()}
+        there = sorted(file for file in out.folder.rglob("*") if file.is_file())
+        files = {file.relative_to(out.folder).as_posix(): _digest(file) for file in there}
         if held is not None:
             difference = held.held(loaded(str(out.folder), job.layer), dtype)
             gc.collect()

@@ -61,6 +61,11 @@ def not_lora(f: Facts) -> str | None:
     return None if word == "LORA" or CONFIG not in f.files else f"peft_type is {word}, it reads LORA"
 
 
+def another_method(f: Facts) -> str | None:
+    word = f.config.get("peft_type")
+    return None if word in (None, "LORA") else f"peft_type is {word}, it does not look and computes what LoRA would"
+
+
 def switched(key: str, what: str) -> Question:
     """An option is on."""
     return lambda f: f"{what} ({key})" if f.config.get(key) else None

@@ -6,14 +6,14 @@ A plan has one of three ends: the way to write every shard; a reason why this me
 MergeError, for what no way can merge.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from deltaw.analysis.norms import norm
-from deltaw.core.adapter import WeightAdapter
+from deltaw.core.adapter import Factors, WeightAdapter
 from deltaw.core.errors import MergeError, faults
 from deltaw.core.merge import changes, obstacles
 from deltaw.models.adapters import LoadReport
@@ -44,13 +44,16 @@ class Plan:
         kinds = {asked or self.checkpoint.entries[key].dtype for key in self.changed}
         return max((kind for kind in kinds if kind is not None), key=lambda kind: torch.finfo(kind).eps)
 
-    def vanished(self, subject: str) -> list[str]:
-        """After writing: parameters that were to change and did not. MergeError where none did, or one overflowed."""
-        infinite = [name for name, keys in self.targets.items() if self.tally.infinite & set(keys)]
+    def vanished(self, subject: str, infinite: Collection[str] = ()) -> list[str]:
+        """After writing: parameters that were to change and did not. MergeError where none did, or one overflowed.
+
+        infinite: tensors beside them that the dtype cannot hold.
+        """
+        infinite = [name for name, keys in self.targets.items() if self.tally.infinite & set(keys)] + sorted(infinite)
         if infinite:
             head = f"{subject} cannot be merged"
             raise faults(
-                MergeError, head, [f"{name}: the merged weight is not finite in its dtype" for name in infinite]
+                MergeError, head, [f"{name}: the weight is not finite in the dtype to write" for name in infinite]
             )
         if not self.tally.changed:
             raise MergeError(NOTHING.format(subject))
@@ -73,7 +76,7 @@ def plan(job: Job, checkpoint: Checkpoint) -> Plan | str:
             assert isinstance(adapter, WeightAdapter), "those without a ΔW are obstacles"
             if strength:
                 terms.setdefault(base.one[id(host.stored)], []).append(Term(adapter, host, strength))
-    if not any(_acts(term) for group in terms.values() for term in group):
+    if not any(map(_act, terms.values())):
         raise MergeError(NOTHING.format(subject(job)))
     targets = {parameter: base.names.keys(parameter) for parameter in terms}
     for parameter, keys in targets.items():
@@ -98,9 +101,14 @@ def subject(job: Job) -> str:
     return " + ".join(str(folder) if strength == 1 else f"{strength:g} × {folder}" for folder, strength in job.parts)
 
 
-def _acts(term: Term) -> bool:
-    factors = term.adapter.factors()
-    return factors is None or norm(factors) > 0
+def _act(terms: Sequence[Term]) -> bool:
+    """Do these change their parameter? Not where they cancel to what rounding leaves of them."""
+    known = [(factors, term.strength) for term in terms if (factors := term.adapter.factors()) is not None]
+    if len(known) < len(terms):
+        return True
+    a = torch.cat([one.a.double() for one, _ in known], dim=-2)
+    b = torch.cat([weight * one.scale * one.b.double() for one, weight in known], dim=-1)
+    return norm(Factors(a, b, 1.0)) > 1e-6 * sum(abs(weight) * norm(one) for one, weight in known)
 
 
 def _reader(checkpoint: Checkpoint, key: str) -> Any:
