@@ -25,7 +25,7 @@ from deltaw.ship import engines, readback
 from deltaw.ship.acceptance import read_facts, table
 from deltaw.ship.export import MANIFEST, PROFILES, export
 from deltaw.ship.look import base_of
-from deltaw.ship.merge import logits, probe
+from deltaw.ship.check import logits, probe
 from deltaw.ship.portable import beginning, holes, rank_for
 
 PATTERNS: dict[str, Any] = {
