@@ -22,7 +22,7 @@ from deltaw.training.prepare import Prepared, longest
 from deltaw.training.rehearsal import Counted, dress, rehearse
 from deltaw.training.watch import holes
 
-OVERHEAD = {("cpu", "fp32"): 24_000_000, ("cpu", "bf16"): 14_000_000}
+OVERHEAD = {("cpu", "fp32"): 24_000_000, ("cpu", "bf16"): 9_000_000}
 CARD = 34_000_000
 """Bytes that libraries take for themselves once a step has run: modules that are imported late, MKL's buffers for products in fp32,
 on a card cuBLAS' workspace (docs/memory.md)."""
