@@ -18,12 +18,13 @@ are equal and gradients are not zero, which the commands assert. Ratios are of o
 4x256 is 4 rows of 256 tokens. A ratio below 1 means less than the side it is divided by.
 """
 COSTS = {"step": "step --memory", "step_dropout": "step --dropout 0.05 --sides bound,ours,peft,peft_cast"}
+"""Result of a training step → the command that makes it."""
 CARD = "step --device cuda --hidden 4096 --layers 4 --dtypes bf16 --shapes 2x2048"
 ON_A_CARD = {
     "step_cuda": f"{CARD} --memory",
     "step_dropout_cuda": f"{CARD} --dropout 0.05 --sides bound,ours,peft,peft_cast",
 }
-"""Result of a training step → the command that makes it."""
+"""The same on a card."""
 NAMES = {
     "bound": "the frozen base, gradients for activations alone", "ours": "deltaw", "plain": "deltaw, MLPs not fused", "peft": "PEFT",
     "peft_cast": "PEFT without autocast_adapter_dtype", "full": "all weights", "dora": "deltaw, DoRA", "peft_dora": "PEFT, DoRA",

@@ -8,6 +8,8 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -57,18 +59,37 @@ def _unraisable(found: Any) -> None:
         sys.__unraisablehook__(found)
 
 
+@contextmanager
+def _interruptible() -> Iterator[Interrupt]:
+    """The handler in place for one command; what was there before is put back, since a caller may go on in its process."""
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook, sys.unraisablehook = sys.unraisablehook, _unraisable
+    try:
+        yield interrupt
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main() -> None:
     """Entry point of the `deltaw` command."""
-    interrupt = Interrupt()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, interrupt)
-        sys.unraisablehook = _unraisable
+    with _interruptible() as interrupt:
+        code = _run(interrupt)
+    sys.exit(code)
+
+
+def _run(interrupt: Interrupt) -> int:
+    """Exit code of the command in sys.argv; errors are printed as one sentence."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels while it is imported, quantised or not
     arguments = [a for a in sys.argv[1:] if a != "--traceback"]
     wants_traceback = len(arguments) < len(sys.argv) - 1
     try:
-        code = app(args=arguments, standalone_mode=False) or 0
+        code = int(app(args=arguments, standalone_mode=False) or 0)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
     except ClickException as error:
@@ -94,4 +115,4 @@ def main() -> None:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())} (--traceback shows where)"
         print(f"error: {reason}", file=sys.stderr)
         code = 1
-    sys.exit(code)
+    return code

@@ -134,9 +134,8 @@ def _train(config: Config, run: RunDirectory, quiet: bool, resume: bool, shelf: 
     data: Prepared = shelf.get("data", (*read_by(config), given), lambda: prepare(config, given))
     reporters(config.train.report_to)
     same = (config.model, config.adapter, config.quantize, config.train.dtype)
-    look = (
-        None if checkpoint is not None else shelf.get("outlook", same, lambda: outlook(config))
-    )  # wrong targets stop here
+    # targets that cannot be adapted stop here
+    look = None if checkpoint is not None else shelf.get("outlook", same, lambda: outlook(config))
     predicted, warned = ({}, []) if look is None else foreseen(config, look, data)
     if ask is not None and (warned or data.remarks) and not ask([*warned, *data.remarks]):
         raise TrainError("not started: it was not wanted with these warnings")
