@@ -3,6 +3,7 @@
     Facts (config, names and shapes of the tensors, files, optionally the base) → Rule → a sentence where it trips
     any rule that refuses                                 → the engine refuses it
     else any that mis-scales, mis-reads or ignores        → it loads, and computes something else
+    else any about what the rules do not know             → unknown
     else                                                  → it takes it; `needs` are options to start the engine with
 
 The tables are in `deltaw.ship.engines`, the questions in `deltaw.ship.rules` and `rules_scale`. No engine runs here: a rule
@@ -27,8 +28,17 @@ from deltaw.formats.peft_experts import is_stack, sites
 from deltaw.formats.peft_valid import ALPHAS, NAMES, TARGETS, Check, number, patterns
 from deltaw.formats.weights import PICKLED, WEIGHTS, read_tensors
 
-Effect = Literal["refuses", "mis-scales", "mis-reads", "ignores", "needs"]
-Verdict = Literal["takes it", "refuses", "computes something else"]
+Effect = Literal["refuses", "mis-scales", "mis-reads", "ignores", "unknown", "needs"]
+Verdict = Literal["takes it", "refuses", "computes something else", "unknown"]
+VERDICTS: Mapping[Effect, Verdict] = {
+    "refuses": "refuses",
+    "mis-scales": "computes something else",
+    "mis-reads": "computes something else",
+    "ignores": "computes something else",
+    "unknown": "unknown",
+    "needs": "takes it",
+}
+"""The worst first."""
 KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.(?P<end>lora_[AB]\.weight|lora_embedding_[AB])")
 """The keys that every engine reads as factors."""
 UNSURE = ("inferred", "not verified")
@@ -159,8 +169,8 @@ def judge(engine: Engine, facts: Facts) -> Opinion:
     asked = [(rule, rule.trips(facts)) for rule in engine.rules]
     found = tuple(Finding(rule.name, rule.effect, why, rule.evidence) for rule, why in asked if why is not None)
     effects = {finding.effect for finding in found}
-    other: Verdict = "computes something else" if effects - {"needs"} else "takes it"
-    return Opinion(engine.name, engine.version, "refuses" if "refuses" in effects else other, found)
+    verdict = next((verdict for effect, verdict in VERDICTS.items() if effect in effects), "takes it")
+    return Opinion(engine.name, engine.version, verdict, found)
 
 
 def table(opinions: Sequence[Opinion]) -> str:

@@ -37,6 +37,7 @@ FILE = (
     Rule("config", "refuses", r.no_config),
     Rule("weights", "refuses", r.no_weights),
     Rule("nothing", "refuses", r.nothing),
+    Rule("options", "unknown", r.unknown_options, "not verified"),
 )
 NAN = Rule("nonfinite", "ignores", r.nonfinite)
 TYPE = Rule("type", "mis-reads", r.another_method, "inferred")
