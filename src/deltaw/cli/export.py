@@ -80,12 +80,8 @@ def export(
         opinions = engines.check(acceptance.read_facts(folder, seen.base, allow_pickle=allow_pickle), asked)
         record["engines"] = {one.engine: {**dataclasses.asdict(one), "takes": one.takes} for one in opinions}
         texts.append(acceptance.table(opinions))
-        hint = "Whether an engine has LoRA for the base's architecture at all was not looked at."
-        if output is None and not all(one.takes for one in opinions):
-            hint += (
-                f"\ndeltaw export {adapter} --output FOLDER writes a form for all of them, where the adapter has one."
-            )
-        texts.append(hint)
+        hint = ["Whether an engine has LoRA for the base's architecture at all was not looked at."]
+        texts.append("\n".join([*hint, *(acceptance.way_out(opinions, adapter) if output is None else [])]))
     show(record, as_json, "\n\n".join(texts))
     if asked and not all(one.takes for one in opinions):
         raise typer.Exit(1)
