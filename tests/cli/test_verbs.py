@@ -251,6 +251,7 @@ def test_mixes_that_are_nothing_or_too_much(run, trained: Path, tmp_path: Path) 
     for weight, words in (
         ("0", "would change nothing at all"),
         ("1e39", "too large for fp32"),
+        ("1e-44", "too small for fp32"),
         ("nan", "is not a number"),
     ):
         code, _, err = run("mix", f"{trained / 'adapter'}={weight}", "--output", tmp_path / "mixed")
