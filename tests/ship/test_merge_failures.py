@@ -220,6 +220,8 @@ def test_what_cannot_go_by_files_goes_through_memory_and_says_why(pair: Pair, tm
     found, wanted = opened(tmp_path / "m").state_dict(), opened(tmp_path / "n").state_dict()
     for path, tensor in wanted.items():
         torch.testing.assert_close(found[path].float(), tensor.float(), rtol=2**-7, atol=1e-6)
+    nothing = [(pair.adapter, 1.0), (pair.adapter, -1.0)]
+    fails(MergeError, "would change no weight at all", base, nothing, tmp_path / "x", check=False)
     bent = adapter(pair.base, tmp_path / "dora", deltaw.DoRA(rank=2))
     fails(UseError, "only exact sums are merged", base, [(bent, 0.5)], tmp_path / "x", check=False)
 

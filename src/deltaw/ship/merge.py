@@ -39,7 +39,7 @@ from deltaw.ship.check import Reference
 from deltaw.ship.live import Job, corrects, live, loaded, merge_live
 from deltaw.ship.private import Private
 from deltaw.ship.roundtrip import RoundTrip
-from deltaw.ship.shards import Plan, plan, subject
+from deltaw.ship.shards import Plan, changing, plan, subject
 
 Told = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -218,6 +218,7 @@ def _in_shards(job: Job, found: Plan, out: _Out) -> Shipped:
 def _in_memory(job: Job, reason: str, out: _Out) -> Shipped:
     with out.clock("compare"):
         there = live(job, tokenizer=True)
+    changing(there.model, job)  # what rounding leaves of changes that cancel would pass for one below
     base, remarks = identify(there.model), [f"merged in memory: {reason}"]
     with out.clock("write"), Private() as memory:
         merged = merge_live(there, job)
