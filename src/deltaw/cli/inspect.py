@@ -12,7 +12,10 @@ from deltaw.cli.rows import writable
 Base = Annotated[
     str | None,
     typer.Option(
-        "--base", help="Its base: folder, hub id or `tiny`. Weights are read one at a time.", show_default=False
+        "--model",
+        "--base",
+        help="The base: folder, hub id or `tiny`. Weights are read one at a time.",
+        show_default=False,
     ),
 ]
 Dense = Annotated[
@@ -45,7 +48,7 @@ def inspect(
     allow_pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
-    """What is in an adapter: modules, ranks, spectra, its base and how it was trained; with --base what it does to that."""
+    """What is in an adapter: modules, ranks, spectra, its base and how it was trained; with --model what it does to that."""
     from deltaw.analysis import page
     from deltaw.analysis.describe import describe, intruder_seconds
     from deltaw.analysis.history import history
@@ -56,7 +59,7 @@ def inspect(
     drawable(html)
     stored = directory.open_directory(adapter, allow_pickle=allow_pickle)
     if (intruders or truncate) and base is None:
-        raise UseError(f"{'--intruders' if intruders else '--truncate'} looks at the base too: give it with --base")
+        raise UseError(f"{'--intruders' if intruders else '--truncate'} looks at the base too: give it with --model")
     rows = None if truncate is None else _rows(truncate)
     state, weights = on_base(stored.state, base, allow_base_mismatch, adapter)
     if intruders:
