@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deltaw.core.errors import FileError, faults
 from deltaw.core.files import read_json
-from deltaw.models.base import resolve
+from deltaw.models.base import resolve, unreadable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -84,8 +84,7 @@ def folder_of(model: str) -> Path:
             snapshot_download(found, allow_patterns=["model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise FileError(f"the base {model!r} cannot be fetched: {reason}") from None
+        raise unreadable(model, error) from None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint | None:

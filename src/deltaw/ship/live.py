@@ -87,8 +87,9 @@ def live(job: Job, tokenizer: bool) -> Live:
 
 def loaded(name: str, layer: str | None = None) -> Any:
     """A base in fp32 on the CPU, whatever its class; FileError where it cannot be loaded."""
+    source, kind = resolve(name), class_of(name, layer)
     try:
-        model = class_of(name, layer).from_pretrained(resolve(name), dtype=torch.float32)
+        model = kind.from_pretrained(source, dtype=torch.float32)
     except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be loaded
         raise unreadable(name, error) from error
     if name == "tiny":
