@@ -19,7 +19,7 @@ import deltaw
 from deltaw.core.errors import BaseMismatchError, DeltawError, FileError, MergeError, UseError
 from deltaw.methods.token_rows import TokenRows
 from deltaw.models.base import TINY
-from deltaw.ship import beside
+from deltaw.ship import beside, disk
 from deltaw.ship.merge import merge_to_folder
 
 
@@ -145,6 +145,21 @@ def test_a_disk_that_is_full_half_way(pair: Pair, tmp_path: Path) -> None:
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1 and "m cannot be written: File too large; nothing was left there" in said
     assert said.count("\n") == 1 and list((tmp_path / "x").iterdir()) == []
+
+
+def test_what_cannot_be_read_is_not_said_of_writing(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the base that goes away between the plan and the writing."""
+    base = Path(shutil.copytree(pair.base, tmp_path / "base"))
+    (lost,), write = base.glob("model-00002*"), disk.write
+
+    def late(*given: Any) -> set[str]:
+        lost.unlink()
+        return write(*given)
+
+    monkeypatch.setattr(disk, "write", late)
+    fails(FileError, f"{lost} cannot be read: No such file", base, pair.adapter, tmp_path / "x", check=False)
 
 
 def test_an_interrupt_half_way(pair: Pair, tmp_path: Path) -> None:

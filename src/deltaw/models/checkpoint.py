@@ -68,7 +68,10 @@ class Checkpoint:
     def _opened(self, key: str) -> Any:
         file = self.entries[key].file
         if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, framework="pt")
+            try:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise FileError(f"{self.folder / file} cannot be read: {error}; {AGAIN}") from None
         return self._open[file]
 
 

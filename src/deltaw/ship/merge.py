@@ -25,8 +25,8 @@ import torch
 from safetensors import SafetensorError
 
 from deltaw.core.base import BaseIdentity, identify
-from deltaw.core.errors import FileError, MergeError, UseError, faults
-from deltaw.core.files import must_be_free, whole_folder, write_text
+from deltaw.core.errors import MergeError, UseError, faults
+from deltaw.core.files import must_be_free, not_made, whole_folder, write_text
 from deltaw.data.kept import read_kept, together
 from deltaw.formats import directory
 from deltaw.models.adapters import LoadReport
@@ -103,10 +103,7 @@ def merge_to_folder(
             out = _Out(source, folder, target, wanted, clock, told or (lambda done, total: None))
             return _in_shards(job, found, out) if isinstance(found, Plan) else _in_memory(job, found, out)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FileError(
-            f"{target} cannot be written: {reason}; nothing was left there: give a disk with more room"
-        ) from None
+        raise not_made(target, error, "give a disk with more room") from None
 
 
 def _job(
