@@ -22,7 +22,7 @@ from deltaw.core.change import Singular, independent
 from deltaw.core.errors import UseError, faults
 from deltaw.core.method import Site
 from deltaw.core.state import AdapterState, delta
-from deltaw.core.text import columns
+from deltaw.core.text import columns, counted
 
 GRID = 16
 """φ(i, j) is kept for so many directions of each."""
@@ -195,14 +195,12 @@ def summary(found: Comparison) -> str:
             lines.append(f"directions of {what}: φ of the first {found.top} is {number(share[0])} in the mean{times}")
     for name, only in (("A", found.only_a), ("B", found.only_b)):
         if only:
-            lines.append(f"only in {name}: {', '.join(sorted(set(map(folded, only))))} ({_modules(len(only))})")
+            lines.append(
+                f"only in {name}: {', '.join(sorted(set(map(folded, only))))} ({counted(len(only), 'module')})"
+            )
     reasons = dict.fromkeys(found.left_out.values())
     lines += [
-        f"not compared, {reason}: {_modules(sum(one == reason for one in found.left_out.values()))}"
+        f"not compared, {reason}: {counted(sum(one == reason for one in found.left_out.values()), 'module')}"
         for reason in reasons
     ]
     return "\n".join(lines)
-
-
-def _modules(count: int) -> str:
-    return f"{count} module" if count == 1 else f"{count} modules"

@@ -8,6 +8,7 @@ import typer
 from deltaw.cli.app import Json, app, show
 from deltaw.cli.base import Mismatch, Pickle
 from deltaw.cli.inspect import Base, Dense, Html, affordable, drawable, on_base, write_page
+from deltaw.core.text import counted
 
 
 @app.command()
@@ -42,7 +43,7 @@ def compare(
     weights = None if base is None else (pairs[0][1], pairs[1][1])
     found = comparison.compare(one, other, weights, work=(work[0], work[1]), top=top)
     about = {
-        name: f"{folder}: {len(state.methods)} adapters, {state.parameters:,} parameters"
+        name: f"{folder}: {counted(len(state.methods), 'adapter')}, {counted(state.parameters, 'parameter')}"
         for name, folder, state in (("A", a, one), ("B", b, other))
     }
     if html is not None:

@@ -7,6 +7,7 @@ import typer
 
 from deltaw.cli.app import Json, app, show, tell
 from deltaw.cli.base import Mismatch, Model, Pickle
+from deltaw.core.text import counted
 
 
 @app.command()
@@ -92,14 +93,14 @@ def _told(done: Any) -> str:
     form = f"rank {done.rank} and scale 1, {done.dtype}" if done.rank else done.dtype
     cut = sum(one.how == "svd" for one in done.modules.values())
     lines = [
-        f"{done.path}: {done.profile}, {len(done.modules)} modules, {form}, {done.bytes:,} bytes; read back and compared"
+        f"{done.path}: {done.profile}, {counted(len(done.modules), 'module')}, {form}, {done.bytes:,} bytes; read back and compared"
     ]
     lines.append(
         f"largest relative error of a module's change {done.error:.2g}" + (f", {cut} cut by SVD" if cut else "")
     )
     if done.filled:
         lines.append(
-            f"{done.filled} modules added with zeros: {done.filled_bytes:,} bytes of it (--no-fill leaves them out)"
+            f"{counted(done.filled, 'module')} added with zeros: {done.filled_bytes:,} bytes of it (--no-fill leaves them out)"
         )
     if cut:
         shown = sorted(done.modules.items(), key=lambda item: -item[1].error)[:8]

@@ -8,6 +8,7 @@ import typer
 from deltaw.cli.app import Json, app, show, tell
 from deltaw.cli.base import Mismatch, Pickle, load_all
 from deltaw.cli.rows import writable
+from deltaw.core.text import counted
 
 Base = Annotated[
     str | None,
@@ -71,7 +72,7 @@ def inspect(
     known += "" if state.base else f", the file names {stored.base_name or 'none'}"
     about = {"base": known, **dict(history(state.meta))}
     whole = {"base": known, **dict(history(state.meta, whole=True))}
-    head = f"{len(records)} adapters, {state.parameters:,} parameters"
+    head = f"{counted(len(records), 'adapter')}, {counted(state.parameters, 'parameter')}"
     if html is not None:
         shown = None if cuts is None else {**cuts.to_dict(), "rows": cuts.table}
         write_page(html, page.inspected(str(adapter), {"adapters": head, **whole}, records, shown))
