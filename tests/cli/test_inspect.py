@@ -106,6 +106,16 @@ def test_compare(run, adapters: Path, tmp_path: Path) -> None:
     assert len(found["sites"]) == 6 and not found["left_out"]
 
 
+def test_an_adapter_that_changes_nothing_is_named(run, adapters: Path, tmp_path: Path) -> None:
+    model = deltaw.load_base("tiny", dtype="fp32").model
+    deltaw.attach(model, LoRA(rank=2), targets="all-linear")
+    deltaw.save(model, tmp_path / "zero")
+    code, out, _ = run("compare", adapters / "one", tmp_path / "zero")
+    assert code == 0 and "the change of B is zero at all of these modules" in out and "all together" not in out
+    found = json.loads(run("compare", tmp_path / "zero", tmp_path / "zero", "--json")[1])
+    assert found["zero"] == ["A", "B"] and found["cosine"] is None
+
+
 def test_wrong_use_is_one_sentence(run, adapters: Path, tmp_path: Path) -> None:
     for given, words in (
         (["inspect", adapters / "one", "--intruders", 2], "give it with --model"),

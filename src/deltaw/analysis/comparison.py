@@ -50,6 +50,12 @@ class Comparison:
         a, b = (math.hypot(*(one[key] for one in self.sites)) for key in ("norm_a", "norm_b"))
         return b / a if a else None
 
+    @property
+    def zero(self) -> list[str]:
+        """Which of A and B change nothing at the sites that are compared."""
+        sides = (("A", "norm_a"), ("B", "norm_b"))
+        return [name for name, key in sides if self.sites and not any(one[key] for one in self.sites)]
+
     def share(self, side: str, which: str) -> tuple[float, float] | None:
         """φ and its chance level in the mean over sites. side: left or right; which: top or all."""
         known = [one[side][which] for one in self.sites if one[side] is not None]
@@ -186,7 +192,10 @@ def _shares(group: list[dict[str, Any]]) -> Iterator[str]:
 def summary(found: Comparison) -> str:
     """In words: what is shared, and what is only in one of them."""
     lines = []
-    if found.sites:
+    if found.zero:
+        sides = " and ".join(found.zero)
+        lines.append(f"the change of {sides} is zero at all of these modules, which has no direction: was it trained?")
+    elif found.sites:
         lines.append(f"all together: cosine {number(found.cosine)}, norm B / A {number(found.ratio)}")
     for side, what in (("left", "outputs"), ("right", "inputs")):
         share = found.share(side, "top")

@@ -50,6 +50,7 @@ def compare(
         write_page(html, page.compared(f"{a.name} and {b.name}", about, found))
     record = {
         "a": str(a), "b": str(b), "cosine": found.cosine, "norm_ratio": found.ratio, "sites": found.sites,
-        "only_a": found.only_a, "only_b": found.only_b, "left_out": dict(found.left_out), "top": top,
+        "only_a": found.only_a, "only_b": found.only_b, "left_out": dict(found.left_out), "zero": found.zero,
+        "top": top,
     }  # fmt: skip
     show(record, as_json, "\n".join([*(f"{name}: {text}" for name, text in about.items()), str(found)]))
