@@ -151,8 +151,8 @@ def _site(
     corrects = any(method.corrects for method in methods)
     if merge is None and len(exact) == len(parts):
         (state, weight), (now, group) = parts[0], methods[0].finished(parts[0][0].tensors[site])
-        alone = len(parts) == 1 and weight == 1 and type(now) is LoRA and energy is None
-        if alone and (not isinstance(rank, int) or (now.rank or 0) <= rank):
+        alone = len(parts) == 1 and weight == 1 and energy is None
+        if alone and type(now) is LoRA and (not isinstance(rank, int) or (now.rank or 0) <= rank):
             return now, group, Converted("exact", now.rank or 0, 0.0)
         summed, most = _summed(exact, [w for _, w in parts]), 0.0
         if energy is not None:
@@ -166,8 +166,8 @@ def _site(
     changes = [times(w, matrix(state, site, base)) for state, w in parts]
     whole = sum(changes[1:], start=changes[0]) if merge is None else merge(site, changes)
     del changes  # before the cut needs as much again
-    everything = rank == "full" or (rank is None and energy is None)
-    made = cut.whole(whole) if everything else cut.of_matrix(whole, rank, energy)
+    uncut = rank is None and energy is None
+    made = cut.whole(whole) if rank == "full" or uncut else cut.of_matrix(whole, rank, energy)
     done = Converted("svd" if made.error else "exact", made.rank, made.error)
     return plain(made.rank, corrects=corrects), _shaped(made.a, made.b, specs[site]), done
 

@@ -174,7 +174,7 @@ def judge(engine: Engine, facts: Facts) -> Opinion:
         Finding(rule.name, rule.effect, why, rule.evidence, rule.stays) for rule, why in asked if why is not None
     )
     effects = {finding.effect for finding in found}
-    verdict = next((verdict for effect, verdict in VERDICTS.items() if effect in effects), "takes it")
+    verdict: Verdict = next((verdict for effect, verdict in VERDICTS.items() if effect in effects), "takes it")
     return Opinion(engine.name, engine.version, verdict, found)
 
 

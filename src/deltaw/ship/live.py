@@ -153,8 +153,8 @@ def _sum(states: Sequence[AdapterState], weights: Sequence[float]) -> AdapterSta
         parts = [*alone, *([combine([s for s, _ in rest], [w for _, w in rest])] if rest else [])]
     except UseError as error:
         raise UseError(f"in memory only exact sums are merged, and {error}") from None
-    chained = [{site: one for part in parts for site, one in table(part).items()} for table in _TABLES]
-    return AdapterState(*chained)
+    methods, tensors, specs = ({s: one for part in parts for s, one in table(part).items()} for table in _TABLES)
+    return AdapterState(methods, tensors, specs)
 
 
 _TABLES = (lambda state: state.methods, lambda state: state.tensors, lambda state: state.specs)

@@ -219,18 +219,19 @@ def _in_memory(job: Job, reason: str, out: _Out) -> Shipped:
     base, remarks = identify(there.model), [f"merged in memory: {reason}"]
     with out.clock("write"), Private() as memory:
         merged = merge_live(there, job)
-        own = getattr(read_config(job.model), "dtype", None)
-        written = out.dtype or (own if own in DTYPES.values() else torch.float32)
-        finite = {name for name, tensor in there.model.state_dict().items() if tensor.isfinite().all()}
-        there.model.to(written)
-        lost = [name for name, t in there.model.state_dict().items() if name in finite and not t.isfinite().all()]
+        model: Any = there.model
+        own: Any = getattr(read_config(job.model), "dtype", None)
+        written: torch.dtype = out.dtype or (own if own in DTYPES.values() else torch.float32)
+        finite = {name for name, tensor in model.state_dict().items() if tensor.isfinite().all()}
+        model.to(written)
+        lost = [name for name, t in model.state_dict().items() if name in finite and not t.isfinite().all()]
         if lost:
             said = [f"{name}: the weight is not finite in {out.dtype or written}" for name in lost]
             raise faults(MergeError, f"{subject(job)} cannot be merged", said)
-        there.model.save_pretrained(out.folder)
+        model.save_pretrained(out.folder)
         there.tokenizer.save_pretrained(out.folder)
     held, reports = there.reference, there.reports
-    del there
+    del there, model
     gc.collect()
     if merged.changed < merged.weights:
         remarks.append(
