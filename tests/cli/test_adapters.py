@@ -70,6 +70,8 @@ def test_from_add_to_remove(run, tmp_path: Path) -> None:
     assert code == 0 and (json.loads(out)["generation"], json.loads(out)["digest"]) == (3, first["digest"])
     code, _, err = run("rollback", "sql")
     assert code == 2 and "nothing before generation 1" in err
+    code, _, err = run("rollback", "sql", "--to", 0)
+    assert code == 2 and "sql has no generation 0; it has 1, 2, 3" in err
     code, out, _ = run("verify", "--json")
     assert code == 0 and json.loads(out)["faults"] == [] and json.loads(out)["adapters"] == 2
 
@@ -79,6 +81,8 @@ def test_from_add_to_remove(run, tmp_path: Path) -> None:
     assert code == 0 and len(json.loads(out)["deleted"]) == 2
     code, out, _ = run("list")
     assert code == 0 and out.startswith("no adapter in")
+    run("add", a, "--name", "sql")
+    assert run("verify")[1].startswith("1 adapter under 1 name, ")
 
 
 def test_damage_is_exit_code_1(run, tmp_path: Path) -> None:

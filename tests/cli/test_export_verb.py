@@ -9,6 +9,7 @@ import torch
 
 import deltaw
 from deltaw.cli import main as cli
+from deltaw.models.base import TINY
 from deltaw.ship.engines import ENGINES
 
 
@@ -57,8 +58,22 @@ def test_an_engine_that_does_not_take_it_is_1(run, adapter: Path) -> None:
     code, out, err = run("export", adapter, "--engine", "vllm", "--engine", "sglang", "--json")
     record = json.loads(out)["engines"]
     assert code == 1 and record["vllm"]["takes"] and record["sglang"]["verdict"] == "refuses" and "Traceback" not in err
-    assert {"rule", "effect", "why", "evidence"} == record["sglang"]["findings"][0].keys()
+    assert {"rule", "effect", "why", "evidence", "stays"} == record["sglang"]["findings"][0].keys()
     assert record["sglang"]["version"] == "0.5.23"
+
+
+def test_what_does_not_help_is_not_advised(run, adapter: Path, tmp_path: Path) -> None:
+    """Another form of the adapter is still one for a base that an engine does not convert."""
+    config = json.loads((TINY / "config.json").read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    on_it = ["export", adapter, "--check", "--model", tmp_path / "base"]
+    alone = run(*on_it, "--engine", "ollama")[1]
+    assert "the base is MistralForCausalLM" in alone and "deltaw export" not in alone
+    assert "No other form of the adapter helps with ollama" in alone
+    both = run(*on_it, "--engine", "ollama", "--engine", "sglang")[1]
+    assert "writes a form for sglang, where" in both and "helps with ollama:" in both
 
 
 def test_what_is_written_is_told(run, adapter: Path, tmp_path: Path) -> None:

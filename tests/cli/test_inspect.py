@@ -61,7 +61,7 @@ def test_inspect_without_the_base(run, adapters: Path) -> None:
 
 
 def test_inspect_with_the_base_a_page_and_cuts(run, adapters: Path, tmp_path: Path) -> None:
-    given = ["inspect", adapters / "one", "--base", "tiny", "--intruders", 2, "--truncate", adapters / "rows.jsonl"]
+    given = ["inspect", adapters / "one", "--model", "tiny", "--intruders", 2, "--truncate", adapters / "rows.jsonl"]
     code, out, err = run(*given, "--html", tmp_path / "page.html", "--json")
     assert code == 0 and "intruder dimensions: about" in err and "held-out loss: rank 2" in err
     found = json.loads(out)
@@ -75,7 +75,7 @@ def test_inspect_with_the_base_a_page_and_cuts(run, adapters: Path, tmp_path: Pa
 def test_a_change_that_depends_on_the_base(run, adapters: Path) -> None:
     code, out, _ = run("inspect", adapters / "dora")
     assert code == 0 and "depends on the base" in out
-    code, out, _ = run("inspect", adapters / "dora", "--base", "tiny", "--json")
+    code, out, _ = run("inspect", adapters / "dora", "--model", "tiny", "--json")
     sites = json.loads(out)["sites"]
     assert code == 0 and all(site["norm"] > 0 and site["effective_rank"] > 0 and site["of_base"] > 0 for site in sites)
 
@@ -106,10 +106,20 @@ def test_compare(run, adapters: Path, tmp_path: Path) -> None:
     assert len(found["sites"]) == 6 and not found["left_out"]
 
 
+def test_an_adapter_that_changes_nothing_is_named(run, adapters: Path, tmp_path: Path) -> None:
+    model = deltaw.load_base("tiny", dtype="fp32").model
+    deltaw.attach(model, LoRA(rank=2), targets="all-linear")
+    deltaw.save(model, tmp_path / "zero")
+    code, out, _ = run("compare", adapters / "one", tmp_path / "zero")
+    assert code == 0 and "the change of B is zero at all of these modules" in out and "all together" not in out
+    found = json.loads(run("compare", tmp_path / "zero", tmp_path / "zero", "--json")[1])
+    assert found["zero"] == ["A", "B"] and found["cosine"] is None
+
+
 def test_wrong_use_is_one_sentence(run, adapters: Path, tmp_path: Path) -> None:
     for given, words in (
-        (["inspect", adapters / "one", "--intruders", 2], "give it with --base"),
-        (["inspect", adapters / "one", "--truncate", adapters / "rows.jsonl"], "give it with --base"),
+        (["inspect", adapters / "one", "--intruders", 2], "give it with --model"),
+        (["inspect", adapters / "one", "--truncate", adapters / "rows.jsonl"], "give it with --model"),
         (["inspect", adapters / "one", "--base", "tiny", "--truncate", tmp_path / "no.jsonl"], "no.jsonl"),
         (["inspect", adapters / "one", "--html", tmp_path / "no/page.html"], "in a folder that exists"),
         (["compare", adapters / "dora", adapters / "narrow"], "no module is adapted by both"),

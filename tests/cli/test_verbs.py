@@ -1,6 +1,7 @@
 """The command line: exit codes, one sentence per fault, nothing half-written, one JSON object on stdout."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -102,6 +103,28 @@ def test_failure_is_1_with_a_sentence(run, arguments: list[str], words: list[str
     assert code == 1 and out == "" and err.startswith("error: ") and "Traceback" not in err
     assert all(word in err for word in words), err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("base", ["nowhere", "no/where", "./no/where", "empty"])
+def test_a_missing_base_is_said_in_words(base: str, run, trained: Path, tmp_path: Path, monkeypatch) -> None:
+    """Every verb that takes a base, by a name of each kind; a folder that holds a configuration of no model."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.json").write_text('{"model_type": "no-such-model"}')
+    monkeypatch.chdir(tmp_path)
+    adapter = trained / "adapter"
+    for verb in (
+        ["merge", adapter, "--output", "out"],
+        ["export", adapter, "--output", "out"],
+        ["convert", adapter, "--to", "kohya", "--output", "out"],
+        ["mix", adapter, "--output", "out"],
+        ["inspect", adapter],
+        ["generate", "x"],
+    ):
+        code, _, err = run(*verb, "--model", base)
+        assert code == 1 and not re.search(r"\w*(Error|Exception)\b: ", err.removeprefix("error: ")), err
+        assert f"no base {base!r}" in err or f"the base {base!r} cannot be loaded" in err, err
+        assert "fetch it again" in err or "give its folder" in err or "not a hub id" in err, err
 
 
 def test_rank_above_both_dimensions_and_unknown_targets_stop_before_training(run, rows: Path, tmp_path: Path) -> None:
@@ -251,6 +274,7 @@ def test_mixes_that_are_nothing_or_too_much(run, trained: Path, tmp_path: Path) 
     for weight, words in (
         ("0", "would change nothing at all"),
         ("1e39", "too large for fp32"),
+        ("1e-44", "too small for fp32"),
         ("nan", "is not a number"),
     ):
         code, _, err = run("mix", f"{trained / 'adapter'}={weight}", "--output", tmp_path / "mixed")

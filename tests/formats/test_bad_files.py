@@ -13,6 +13,7 @@ import deltaw
 from deltaw.core.errors import BaseMismatchError, ConfigError, DeltawError, FileError
 from deltaw.formats import directory
 from deltaw.formats.peft_config import check, method_of
+from deltaw.formats.weights import read_file
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -48,6 +49,13 @@ def edit(folder: Path, change) -> None:
     change(tensors)
     save_file(tensors, folder / WEIGHTS)
     (folder / "deltaw.json").unlink()
+
+
+def test_a_file_that_cannot_be_read_is_said_so(tmp_path: Path) -> None:
+    """No user may read it, whatever his rights: it is a folder."""
+    (tmp_path / WEIGHTS).mkdir()
+    with pytest.raises(FileError, match=f"{WEIGHTS} cannot be read: Is a directory; make it readable"):
+        read_file(tmp_path / WEIGHTS, False)
 
 
 def test_missing_folder_and_file(folder: Path) -> None:

@@ -13,6 +13,7 @@ from deltaw import DoRA, LoHa, LoKr, LoRA
 from deltaw.core.errors import FileError, UseError
 from deltaw.core.method import Site
 from deltaw.core.state import AdapterState, delta
+from deltaw.formats.diffusers import from_diffusers
 from deltaw.formats.foreign import Parts
 from deltaw.formats.kohya import from_kohya, to_kohya
 from deltaw.formats.kohya_names import names, sgm, table
@@ -211,6 +212,18 @@ def test_what_kohya_cannot_hold_is_refused() -> None:
         to_kohya({"model": deltaw.extract(net)}, parts())
     with pytest.raises(UseError, match="original checkpoint"):
         names({"transformer": layout(Net())})
+
+
+def test_an_alpha_of_several_numbers_is_said() -> None:
+    net = nn.ModuleDict({"to_q": nn.Linear(4, 4)})
+    alpha = torch.tensor([1.0, 2.0])
+    tensors = {"lora_down.weight": random(2, 4), "lora_up.weight": random(4, 2), "alpha": alpha}
+    said = "must be one number, its tensor holds 2: fetch the file again"
+    with pytest.raises(FileError, match=f"to_q: alpha {said}"):
+        from_kohya({f"lycoris_to_q.{end}": tensor for end, tensor in tensors.items()}, {"model": layout(net)})
+    dotted = {"lora_A.weight": tensors["lora_down.weight"], "lora_B.weight": tensors["lora_up.weight"], "alpha": alpha}
+    with pytest.raises(FileError, match=f"key 'to_q.alpha' {said}"):
+        from_diffusers({f"unet.to_q.{end}": tensor for end, tensor in dotted.items()}, {"unet": layout(net)}, {})
 
 
 def test_a_name_that_may_mean_two_modules_is_an_error() -> None:

@@ -14,7 +14,10 @@ from deltaw.core.state import AdapterState, delta
 from deltaw.methods.adalora import AdaLoRA
 from deltaw.methods.dora import DoRA
 from deltaw.methods.full import Full
+from deltaw.methods.loha import LoHa
+from deltaw.methods.lokr import LoKr
 from deltaw.methods.lora import LoRA
+from deltaw.methods.mora import MoRA
 from deltaw.mixing import exact, svd
 
 WEIGHTS = (0.7, -0.3, 1.6, -2.0)
@@ -142,6 +145,19 @@ def test_what_has_no_factors_is_refused_with_the_way_out() -> None:
         svd([whole, lora], [0.5, 0.5], 2, base=model)
     with pytest.raises(UseError, match="the mix is too large for fp32"):
         exact([lora], [1e39])
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), LoHa(rank=2), LoKr(rank=2), MoRA(rank=2)], ids=lambda m: m.name)
+def test_a_weight_that_fp32_would_round_away_is_refused(method: Method) -> None:
+    """Subnormal numbers have fewer digits: ΔW would be some ten per cent off, and be read back as it was written."""
+    (state,) = states(nn.Sequential(nn.Linear(8, 8)), [method])
+    for mix in (lambda w: exact([state], [w]), lambda w: svd([state], [w], 2)):
+        for weight in (1e-44, -1e-60):
+            with pytest.raises(UseError, match=r"its change times .* is too small for fp32: give a larger weight"):
+                mix(weight)
+    (site,), zero = state.methods, torch.zeros(8, 8, dtype=torch.float64)
+    small = exact([state], [1e-35])
+    assert apart(1e35 * delta(small, site, zero), delta(state, site, zero)) < 1e-6
 
 
 def test_token_rows_of_one_part_stay_and_what_has_no_change_is_refused() -> None:

@@ -91,6 +91,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
+def test_an_adapter_that_changes_nothing_is_converted_and_said(run: Any, base: Any, tmp_path: Path) -> None:
+    deltaw.attach(base, LoRA(rank=2), targets=["q_proj"])
+    deltaw.save(base, tmp_path / "zero")
+    deltaw.detach(base)
+    code, _, err = run(tmp_path / "zero", "--output", tmp_path / "out", "--to", "peft")
+    assert code == 0 and "its change is zero everywhere" in err and (tmp_path / "out/adapter_config.json").is_file()
+
+
 def own(base: Any, rank: int = 2) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Random factors for the q and v layers of the bundled base, by path."""
     paths = [p for p, _ in base.named_modules() if p.endswith(("q_proj", "v_proj"))]

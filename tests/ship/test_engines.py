@@ -4,6 +4,7 @@ The verdicts are those of the versions that the tables name; among them the know
 that cannot be parsed, patterns and unknown keys passed over in silence, kinds of modules dropped for one missing layer.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from deltaw.ship import engines
 from deltaw.ship.acceptance import Base, Facts, read_facts, table
 from deltaw.ship.export import export
 from deltaw.ship.look import base_of
+from deltaw.ship.rules import KNOWN
 
 VLLM, LORAX, GGUF = ("vllm", "kserve"), ("lorax", "tgi"), ("llama.cpp", "ollama")
 AT = "base_model.model.model.layers."
@@ -198,6 +200,8 @@ CASES: dict[str, tuple[Callable[[Folder], None], dict[str, set[str]]]] = {
         both(lambda f: f.tensors.clear(), add(("model.layers.0.mlp.up_proj.lora_A.weight", (8, 32)))),
         everywhere("nothing", "keys"),
     ),
+    "an unknown key": (option(use_foo=True), everywhere("options")),
+    "an unknown key without a value": (option(use_foo=False, foo=None), at()),
     "no targets": (without("target_modules"), at(vllm="required", sglang="required")),
     "no alpha": (without("lora_alpha"), at(vllm="required", sglang="required", llama="required")),
     "a rank of zero": (option(rank_pattern={"q_proj": 0}), at(vllm="ranks")),
@@ -360,6 +364,22 @@ def test_every_rule_is_tested() -> None:
     }  # fmt: skip
 
 
+def test_a_key_that_no_rule_knows_is_no_silent_yes(good: Folder, tmp_path: Path) -> None:
+    option(use_foo=True)(good)
+    (one,) = engines.check(read_facts(good.write(tmp_path / "a")), ["vllm"])
+    assert one.verdict == "unknown" and not one.takes
+    assert "unknown: key the rules do not know: use_foo" in table([one])
+    option(use_dora=True)(good)
+    (one,) = engines.check(read_facts(good.write(tmp_path / "b")), ["vllm"])
+    assert one.verdict == "refuses"
+
+
+def test_no_key_of_peft_or_ours_is_unknown() -> None:
+    from peft import LoraConfig
+
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= KNOWN
+
+
 def test_verdict_and_table(good: Folder, tmp_path: Path) -> None:
     option(use_rslora=True)(good)
     opinions = engines.check(read_facts(good.write(tmp_path / "a")), ["vllm", "sglang"])
@@ -384,7 +404,8 @@ def test_a_folder_that_cannot_be_read_is_a_sentence(good: Folder, tmp_path: Path
         read_facts(good.write(tmp_path / "a"))
     good.config = {"peft_type": "LORA", "r": "8", "lora_alpha": "16", "init_lora_weights": 3, "added": 1}
     odd = read_facts(good.write(tmp_path / "b"))
-    assert tripped(odd)["ollama"] == {"alpha"} and tripped(odd)["vllm"] == {"required", "ranks"}
+    assert tripped(odd)["ollama"] == {"alpha", "options"}
+    assert tripped(odd)["vllm"] == {"required", "ranks", "options"}
     (tmp_path / "b/adapter_config.json").write_text("[]")
     with pytest.raises(FileError, match="expected an object"):
         read_facts(tmp_path / "b")

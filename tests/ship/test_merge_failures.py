@@ -19,7 +19,7 @@ import deltaw
 from deltaw.core.errors import BaseMismatchError, DeltawError, FileError, MergeError, UseError
 from deltaw.methods.token_rows import TokenRows
 from deltaw.models.base import TINY
-from deltaw.ship import beside
+from deltaw.ship import beside, disk
 from deltaw.ship.merge import merge_to_folder
 
 
@@ -147,6 +147,21 @@ def test_a_disk_that_is_full_half_way(pair: Pair, tmp_path: Path) -> None:
     assert said.count("\n") == 1 and list((tmp_path / "x").iterdir()) == []
 
 
+def test_what_cannot_be_read_is_not_said_of_writing(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the base that goes away between the plan and the writing."""
+    base = Path(shutil.copytree(pair.base, tmp_path / "base"))
+    (lost,), write = base.glob("model-00002*"), disk.write
+
+    def late(*given: Any) -> set[str]:
+        lost.unlink()
+        return write(*given)
+
+    monkeypatch.setattr(disk, "write", late)
+    fails(FileError, f"{lost} cannot be read: No such file", base, pair.adapter, tmp_path / "x", check=False)
+
+
 def test_an_interrupt_half_way(pair: Pair, tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         if 0 < done < total:
@@ -220,6 +235,8 @@ def test_what_cannot_go_by_files_goes_through_memory_and_says_why(pair: Pair, tm
     found, wanted = opened(tmp_path / "m").state_dict(), opened(tmp_path / "n").state_dict()
     for path, tensor in wanted.items():
         torch.testing.assert_close(found[path].float(), tensor.float(), rtol=2**-7, atol=1e-6)
+    nothing = [(pair.adapter, 1.0), (pair.adapter, -1.0)]
+    fails(MergeError, "would change no weight at all", base, nothing, tmp_path / "x", check=False)
     bent = adapter(pair.base, tmp_path / "dora", deltaw.DoRA(rank=2))
     fails(UseError, "only exact sums are merged", base, [(bent, 0.5)], tmp_path / "x", check=False)
 

@@ -22,7 +22,7 @@ from deltaw.core.change import Singular, independent
 from deltaw.core.errors import UseError, faults
 from deltaw.core.method import Site
 from deltaw.core.state import AdapterState, delta
-from deltaw.core.text import columns
+from deltaw.core.text import columns, counted
 
 GRID = 16
 """φ(i, j) is kept for so many directions of each."""
@@ -49,6 +49,12 @@ class Comparison:
         """‖ΔW_B‖ / ‖ΔW_A‖ over all sites that are compared."""
         a, b = (math.hypot(*(one[key] for one in self.sites)) for key in ("norm_a", "norm_b"))
         return b / a if a else None
+
+    @property
+    def zero(self) -> list[str]:
+        """Which of A and B change nothing at the sites that are compared."""
+        sides = (("A", "norm_a"), ("B", "norm_b"))
+        return [name for name, key in sides if self.sites and not any(one[key] for one in self.sites)]
 
     def share(self, side: str, which: str) -> tuple[float, float] | None:
         """φ and its chance level in the mean over sites. side: left or right; which: top or all."""
@@ -186,7 +192,10 @@ def _shares(group: list[dict[str, Any]]) -> Iterator[str]:
 def summary(found: Comparison) -> str:
     """In words: what is shared, and what is only in one of them."""
     lines = []
-    if found.sites:
+    if found.zero:
+        sides = " and ".join(found.zero)
+        lines.append(f"the change of {sides} is zero at all of these modules, which has no direction: was it trained?")
+    elif found.sites:
         lines.append(f"all together: cosine {number(found.cosine)}, norm B / A {number(found.ratio)}")
     for side, what in (("left", "outputs"), ("right", "inputs")):
         share = found.share(side, "top")
@@ -195,14 +204,12 @@ def summary(found: Comparison) -> str:
             lines.append(f"directions of {what}: φ of the first {found.top} is {number(share[0])} in the mean{times}")
     for name, only in (("A", found.only_a), ("B", found.only_b)):
         if only:
-            lines.append(f"only in {name}: {', '.join(sorted(set(map(folded, only))))} ({_modules(len(only))})")
+            lines.append(
+                f"only in {name}: {', '.join(sorted(set(map(folded, only))))} ({counted(len(only), 'module')})"
+            )
     reasons = dict.fromkeys(found.left_out.values())
     lines += [
-        f"not compared, {reason}: {_modules(sum(one == reason for one in found.left_out.values()))}"
+        f"not compared, {reason}: {counted(sum(one == reason for one in found.left_out.values()), 'module')}"
         for reason in reasons
     ]
     return "\n".join(lines)
-
-
-def _modules(count: int) -> str:
-    return f"{count} module" if count == 1 else f"{count} modules"

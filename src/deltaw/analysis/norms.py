@@ -22,3 +22,8 @@ def norms(state: AdapterState) -> dict[Site, float | None]:
         factors = state.factors(site)
         result[site] = None if factors is None else norm(factors)
     return result
+
+
+def does_nothing(state: AdapterState) -> bool:
+    """Is the change zero at every site, as far as the files alone tell?"""
+    return all(size == 0 for size in norms(state).values())

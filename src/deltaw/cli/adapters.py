@@ -9,6 +9,7 @@ import typer
 
 from deltaw.cli.app import Json, app, show, tell
 from deltaw.cli.base import Pickle
+from deltaw.core.text import counted
 
 adapters = typer.Typer(
     name="adapters",
@@ -146,7 +147,8 @@ def show_(which: Which, where: Where = HERE, as_json: Json = False) -> None:
         f"folder      {entry.folder}",
         f"content     {entry.digest}, added {facts.added}",
         f"named by    {', '.join(points) or 'nothing'}",
-        f"methods     {_methods(facts)}: {facts.sites} sites, {facts.parameters:,} parameters, {facts.bytes:,} bytes",
+        f"methods     {_methods(facts)}: {counted(facts.sites, 'site')}, "
+        f"{counted(facts.parameters, 'parameter')}, {facts.bytes:,} bytes",
         f"change      ‖ΔW‖ {change}",
         f"base        {facts.base or 'not recorded'} ({facts.layer or 'no fingerprint'}{held})",
         *(f"measured    {_measured(facts)}" for _ in [0] if _measured(facts)),
@@ -163,11 +165,9 @@ def verify(where: Where = HERE, as_json: Json = False) -> None:
     from deltaw.library.audit import audit
 
     found = audit(_opened(where), _progress)
-    size = f"{found.adapters} adapters under {found.names} names, {found.bytes / 1e6:,.1f} MB"
+    size = f"{counted(found.adapters, 'adapter')} under {counted(found.names, 'name')}, {found.bytes / 1e6:,.1f} MB"
     lines = [*(f"fault: {one}" for one in found.faults), *(f"note: {one}" for one in found.remarks)]
-    verdict = (
-        f"{len(found.faults)} fault{'s' * (len(found.faults) != 1)}" if found.faults else "all is as it was put in"
-    )
+    verdict = counted(len(found.faults), "fault") if found.faults else "all is as it was put in"
     show(dataclasses.asdict(found), as_json, "\n".join([*lines, f"{size}: {verdict}"]))
     if found.faults:
         raise typer.Exit(1)

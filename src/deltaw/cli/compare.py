@@ -8,6 +8,7 @@ import typer
 from deltaw.cli.app import Json, app, show
 from deltaw.cli.base import Mismatch, Pickle
 from deltaw.cli.inspect import Base, Dense, Html, affordable, drawable, on_base, write_page
+from deltaw.core.text import counted
 
 
 @app.command()
@@ -42,13 +43,14 @@ def compare(
     weights = None if base is None else (pairs[0][1], pairs[1][1])
     found = comparison.compare(one, other, weights, work=(work[0], work[1]), top=top)
     about = {
-        name: f"{folder}: {len(state.methods)} adapters, {state.parameters:,} parameters"
+        name: f"{folder}: {counted(len(state.methods), 'adapter')}, {counted(state.parameters, 'parameter')}"
         for name, folder, state in (("A", a, one), ("B", b, other))
     }
     if html is not None:
         write_page(html, page.compared(f"{a.name} and {b.name}", about, found))
     record = {
         "a": str(a), "b": str(b), "cosine": found.cosine, "norm_ratio": found.ratio, "sites": found.sites,
-        "only_a": found.only_a, "only_b": found.only_b, "left_out": dict(found.left_out), "top": top,
+        "only_a": found.only_a, "only_b": found.only_b, "left_out": dict(found.left_out), "zero": found.zero,
+        "top": top,
     }  # fmt: skip
     show(record, as_json, "\n".join([*(f"{name}: {text}" for name, text in about.items()), str(found)]))

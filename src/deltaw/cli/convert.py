@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from deltaw.cli.app import Json, app, show, tell
+from deltaw.core.text import counted
 
 
 @app.command()
@@ -61,9 +62,9 @@ def convert(
         allow_pickle=allow_pickle,
     )  # fmt: skip
     tell(source, done.notes)
-    layers = ", ".join(f"{count} layers of the {role}" for role, count in done.parts.items())
+    layers = ", ".join(f"{counted(count, 'layer')} of the {role}" for role, count in done.parts.items())
     text = (
-        f"{done.path}: from {done.tool} to {done.to}, {layers}, {done.parameters:,} parameters\n"
+        f"{done.path}: from {done.tool} to {done.to}, {layers}, {counted(done.parameters, 'parameter')}\n"
         f"read back: the change differs by at most {done.error:.2g} of itself"
     )
     show({**dataclasses.asdict(done), "notes": list(done.notes)}, as_json, text)

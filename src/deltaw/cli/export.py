@@ -7,6 +7,7 @@ import typer
 
 from deltaw.cli.app import Json, app, show, tell
 from deltaw.cli.base import Mismatch, Model, Pickle
+from deltaw.core.text import counted
 
 
 @app.command()
@@ -80,12 +81,8 @@ def export(
         opinions = engines.check(acceptance.read_facts(folder, seen.base, allow_pickle=allow_pickle), asked)
         record["engines"] = {one.engine: {**dataclasses.asdict(one), "takes": one.takes} for one in opinions}
         texts.append(acceptance.table(opinions))
-        hint = "Whether an engine has LoRA for the base's architecture at all was not looked at."
-        if output is None and not all(one.takes for one in opinions):
-            hint += (
-                f"\ndeltaw export {adapter} --output FOLDER writes a form for all of them, where the adapter has one."
-            )
-        texts.append(hint)
+        hint = ["Whether an engine has LoRA for the base's architecture at all was not looked at."]
+        texts.append("\n".join([*hint, *(acceptance.way_out(opinions, adapter) if output is None else [])]))
     show(record, as_json, "\n\n".join(texts))
     if asked and not all(one.takes for one in opinions):
         raise typer.Exit(1)
@@ -96,14 +93,14 @@ def _told(done: Any) -> str:
     form = f"rank {done.rank} and scale 1, {done.dtype}" if done.rank else done.dtype
     cut = sum(one.how == "svd" for one in done.modules.values())
     lines = [
-        f"{done.path}: {done.profile}, {len(done.modules)} modules, {form}, {done.bytes:,} bytes; read back and compared"
+        f"{done.path}: {done.profile}, {counted(len(done.modules), 'module')}, {form}, {done.bytes:,} bytes; read back and compared"
     ]
     lines.append(
         f"largest relative error of a module's change {done.error:.2g}" + (f", {cut} cut by SVD" if cut else "")
     )
     if done.filled:
         lines.append(
-            f"{done.filled} modules added with zeros: {done.filled_bytes:,} bytes of it (--no-fill leaves them out)"
+            f"{counted(done.filled, 'module')} added with zeros: {done.filled_bytes:,} bytes of it (--no-fill leaves them out)"
         )
     if cut:
         shown = sorted(done.modules.items(), key=lambda item: -item[1].error)[:8]

@@ -8,11 +8,15 @@ import typer
 from deltaw.cli.app import Json, app, show, tell
 from deltaw.cli.base import Mismatch, Pickle, load_all
 from deltaw.cli.rows import writable
+from deltaw.core.text import counted
 
 Base = Annotated[
     str | None,
     typer.Option(
-        "--base", help="Its base: folder, hub id or `tiny`. Weights are read one at a time.", show_default=False
+        "--model",
+        "--base",
+        help="The base: folder, hub id or `tiny`. Weights are read one at a time.",
+        show_default=False,
     ),
 ]
 Dense = Annotated[
@@ -45,7 +49,7 @@ def inspect(
     allow_pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
-    """What is in an adapter: modules, ranks, spectra, its base and how it was trained; with --base what it does to that."""
+    """What is in an adapter: modules, ranks, spectra, its base and how it was trained; with --model what it does to that."""
     from deltaw.analysis import page
     from deltaw.analysis.describe import describe, intruder_seconds
     from deltaw.analysis.history import history
@@ -56,7 +60,7 @@ def inspect(
     drawable(html)
     stored = directory.open_directory(adapter, allow_pickle=allow_pickle)
     if (intruders or truncate) and base is None:
-        raise UseError(f"{'--intruders' if intruders else '--truncate'} looks at the base too: give it with --base")
+        raise UseError(f"{'--intruders' if intruders else '--truncate'} looks at the base too: give it with --model")
     rows = None if truncate is None else _rows(truncate)
     state, weights = on_base(stored.state, base, allow_base_mismatch, adapter)
     if intruders:
@@ -68,7 +72,7 @@ def inspect(
     known += "" if state.base else f", the file names {stored.base_name or 'none'}"
     about = {"base": known, **dict(history(state.meta))}
     whole = {"base": known, **dict(history(state.meta, whole=True))}
-    head = f"{len(records)} adapters, {state.parameters:,} parameters"
+    head = f"{counted(len(records), 'adapter')}, {counted(state.parameters, 'parameter')}"
     if html is not None:
         shown = None if cuts is None else {**cuts.to_dict(), "rows": cuts.table}
         write_page(html, page.inspected(str(adapter), {"adapters": head, **whole}, records, shown))

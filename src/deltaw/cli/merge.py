@@ -10,6 +10,7 @@ import typer
 
 from deltaw.cli.app import Json, app, show, tell
 from deltaw.cli.base import Mismatch, Model, Pickle, Quantize, with_strength
+from deltaw.core.text import counted
 
 
 @app.command()
@@ -66,7 +67,7 @@ def merge(
         raise MergeError(f"interrupted: {output} was not written") from None
     tell(" + ".join(folder for folder, _ in pairs), done.remarks)
     compared = "read back and checked" if check else "its logits NOT compared with the adapter's"
-    text = f"{done.path}: {done.weights} weights merged, written in {done.dtype}, {compared}"
+    text = f"{done.path}: {counted(done.weights, 'weight')} merged, written in {done.dtype}, {compared}"
     if done.max_logit_difference is not None:
         text += (
             f"\nlargest logit difference to the adapter {done.max_logit_difference:.3g}, "

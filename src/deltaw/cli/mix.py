@@ -9,6 +9,7 @@ import typer
 
 from deltaw.cli.app import Json, app, show, tell
 from deltaw.cli.base import Mismatch, Pickle, quantized_as, with_strength
+from deltaw.core.text import counted
 
 WAYS = ("exact", "svd", "ties", "dare", "dare-ties", "blocks")
 AUTO = 0.99
@@ -105,7 +106,9 @@ def mix(
         "adapter": str(output), "parts": [{"adapter": folder, "weight": weight} for folder, weight in pairs], **made,
         "parameters": mixed.parameters, "ranks": ranks, "read_back": difference,
     }  # fmt: skip
-    said = [f"{output}: {' + '.join(f'{w:g} × {f}' for f, w in pairs)}, {plan['how']}, {mixed.parameters:,} parameters"]
+    said = [
+        f"{output}: {' + '.join(f'{w:g} × {f}' for f, w in pairs)}, {plan['how']}, {counted(mixed.parameters, 'parameter')}"
+    ]
     said[0] += (
         f", rank {ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''}; read back and compared" if ranks else ""
     )

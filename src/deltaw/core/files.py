@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all: written under a temporary name beside them, synced, renamed."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.core.errors import FileError, UseError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""What only writing meets."""
 
 
 def must_be_free(target: Path) -> None:
@@ -20,7 +24,7 @@ def must_be_free(target: Path) -> None:
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes when it fails."""
-    draft = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    draft = _draft(target)
     old = draft.with_suffix(".old")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +50,26 @@ def whole_folder(target: Path) -> Iterator[Path]:
         if old.exists() and not target.exists():
             os.replace(old, target)
         raise
+
+
+def _draft(target: Path) -> Path:
+    return target.parent / f".{target.name}.{os.getpid()}.tmp"
+
+
+def not_made(target: Path, error: Exception, fix: str) -> FileError:
+    """The sentence for an error that ended the block of `whole_folder(target)`; fix: of what cannot be written.
+
+    An OSError that names a file elsewhere could not read it, unless it says that a disk is full: copying names the source.
+    """
+    reason, named = getattr(error, "strerror", None) or str(error), getattr(error, "filename", None)
+    own = (
+        named is None or {_draft(target), target} & {Path(named), *Path(named).parents} or Path(named) == target.parent
+    )
+    if own or getattr(error, "errno", None) in FULL:
+        return FileError(f"{target} cannot be written: {reason}; nothing was left there: {fix}")
+    return FileError(
+        f"{named} cannot be read: {reason}; nothing was left at {target}: make it readable, or fetch it again"
+    )
 
 
 def read_json(path: Path, fix: str) -> dict[str, Any]:

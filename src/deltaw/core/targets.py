@@ -33,6 +33,7 @@ from deltaw.core.host import HostSpec, WeightHost
 from deltaw.core.layers import layer_index, parse_layers
 from deltaw.core.method import Method, Shapes, Site
 from deltaw.core.plan import Target, TargetPlan
+from deltaw.core.text import counted
 
 PRESETS = ("all-linear", "attention", "mlp")
 Targets = str | Sequence[str]
@@ -249,8 +250,10 @@ def _nothing(pattern: str, hits: Sequence[ModuleFact], known: Sequence[ModuleFac
         kinds = ", ".join(sorted({fact.layer for fact in hits}))
         above = tuple(f"{hit.path}." if hit.path else "" for hit in hits)
         inside = sum(fact.path.startswith(above) for fact in able)
-        hint = f"; {_modules(inside)} inside can: name those" if inside else ""
-        return f"{pattern!r} matches {_modules(len(hits))} ({kinds}), none of which can carry {method.name}{hint}"
+        hint = f"; {counted(inside, 'module')} inside can: name those" if inside else ""
+        return (
+            f"{pattern!r} matches {counted(len(hits), 'module')} ({kinds}), none of which can carry {method.name}{hint}"
+        )
     if re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)+", pattern):
         several = ", ".join(re.split(r"[,\s]+", pattern))
         return f"{pattern!r} is one name: write several as a list, [{several}]"
@@ -258,10 +261,6 @@ def _nothing(pattern: str, hits: Sequence[ModuleFact], known: Sequence[ModuleFac
     hint = did_you_mean(pattern.rpartition(".")[2], leaves, 1) or did_you_mean(pattern, [f.path for f in able], 1)
     near = [name for name in leaves if f"{name!r}" in hint]
     if near:
-        return f"no module matched {pattern!r}{hint} ({_modules(leaves[near[0]])})"
+        return f"no module matched {pattern!r}{hint} ({counted(leaves[near[0]], 'module')})"
     listed = ", ".join(f"{name} ({count})" for name, count in leaves.most_common(12))
     return f"no module matched {pattern!r}{hint}; {method.name} fits: {listed or 'no module of this model'}"
-
-
-def _modules(count: int) -> str:
-    return f"{count} module{'' if count == 1 else 's'}"

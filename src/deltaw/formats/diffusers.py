@@ -131,7 +131,13 @@ def _config(
     layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any], reading: Reading
 ) -> tuple[dict[str, Any], list[str]]:
     """PEFT's config of one part, and notes: as the header says, else of the ranks and of the α that are in the file."""
-    alphas = {path: number(ends["alpha"]) for path, ends in layers.items() if "alpha" in ends}
+    told = {path: ends["alpha"] for path, ends in layers.items() if "alpha" in ends}
+    reading.found += [
+        f"key '{path}.alpha' must be one number, its tensor holds {alpha.numel()}: fetch the file again"
+        for path, alpha in told.items()
+        if alpha.numel() != 1
+    ]
+    alphas = {path: number(alpha) for path, alpha in told.items() if alpha.numel() == 1}
     kind = "LOKR" if any(end.startswith("lokr_") for ends in layers.values() for end in ends) else "LORA"
     if metadata:
         if alphas:

@@ -59,6 +59,8 @@ UNREAD: Mapping[str, str] = {
 
 def read(group: Mapping[str, Tensor], spec: HostSpec) -> Piece | str:
     """The method and tensors of `group` (end of the key → tensor) on a layer of this shape, or why there is none."""
+    if ALPHA in group and group[ALPHA].numel() != 1:
+        return f"alpha must be one number, its tensor holds {group[ALPHA].numel()}: fetch the file again"
     try:
         return _read(group, spec)
     except (RuntimeError, IndexError):  # torch, of shapes that do not go together

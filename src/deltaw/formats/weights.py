@@ -36,8 +36,15 @@ def _safe(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118  not a mapping
             return tensors, opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        with open(file, "rb") as start:
-            head = start.read(9)  # of a safetensors file: the header's size, which may begin as a pickle does, and "{"
+        try:
+            with open(file, "rb") as start:
+                head = start.read(
+                    9
+                )  # of a safetensors file: the header's size, which may begin as a pickle does, and "{"
+        except OSError as closed:
+            raise FileError(
+                f"{file} cannot be read: {closed.strerror or closed}; make it readable, or fetch it again"
+            ) from None
         pickled = head[:2] == b"PK" or (head[:1] == b"\x80" and head[8:] != b"{")
         reason = "it is a pickle under another name" if pickled else f"corrupt or cut short ({error})"
         raise FileError(f"{file} is not a safetensors file: {reason}; fetch it again") from None

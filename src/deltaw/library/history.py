@@ -53,7 +53,9 @@ class History:
         found = self.current if number is None else next((g for g in self.generations if g.number == number), None)
         if found is None:
             there = ", ".join(str(one.number) for one in self.generations[-12:])
-            raise NotFoundError(f"{self.name} has no generation {number or 'at all'}; it has {there or 'none'}")
+            raise NotFoundError(
+                f"{self.name} has no generation {'at all' if number is None else number}; it has {there or 'none'}"
+            )
         return found
 
     def expect(self, number: int | None) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from deltaw.core.adapter import Adapter, Factors
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Part, register
-from deltaw.methods.ranked import RankedAdapter, Scaled, kaiming, trained
+from deltaw.methods.ranked import RankedAdapter, Scaled, kaiming, times, trained
 
 
 def product(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class LoHa(Scaled):
         if len(parts) > 1:
             return super().combine(parts)
         ((_, tensors, weight),) = parts
-        return self, {**tensors, "hada_w1_a": weight * tensors["hada_w1_a"].float()}
+        return self, {**tensors, "hada_w1_a": times(weight, tensors["hada_w1_a"].float())}
 
 
 def _low_rank(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor, scale: float) -> Factors | None:

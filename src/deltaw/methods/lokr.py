@@ -28,7 +28,7 @@ from torch import Tensor
 from deltaw.core.adapter import Adapter, Factors
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Part, register
-from deltaw.methods.ranked import RankedAdapter, Scaled, kaiming, trained
+from deltaw.methods.ranked import RankedAdapter, Scaled, kaiming, times, trained
 
 
 def factorization(size: int, factor: int = -1) -> tuple[int, int]:
@@ -121,7 +121,7 @@ class LoKr(Scaled):
             return super().combine(parts)
         ((_, tensors, weight),) = parts
         zeroed = "lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a"
-        return self, {**tensors, zeroed: weight * tensors[zeroed].float()}
+        return self, {**tensors, zeroed: times(weight, tensors[zeroed].float())}
 
 
 def _parts(tensors: Mapping[str, Tensor | None], scale: float | Tensor) -> tuple[Tensor, ...]:

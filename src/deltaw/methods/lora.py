@@ -32,7 +32,7 @@ from deltaw.methods.eva import eva
 from deltaw.methods.full import companions
 from deltaw.methods.inits import STARTS, Start, loftq, split, within
 from deltaw.methods.patterns import first_hit
-from deltaw.methods.ranked import kaiming, positive, unfit_rank
+from deltaw.methods.ranked import kaiming, positive, times, unfit_rank
 
 
 class LoRAAdapter(WeightAdapter):
@@ -287,10 +287,8 @@ class LoRA(Method):
         if any(not isinstance(method, LoRA) or method.factors(tensors) is None for method, tensors, _ in parts):
             return super().combine(parts)
         ends = [(*method.finished(tensors), w) for method, tensors, w in parts]
-        scales = [w * method.scale for method, _, w in ends]  # type: ignore[attr-defined]
-        a = torch.cat([tensors["lora_A"].float() for _, tensors, _ in ends])
-        b = torch.cat([s * tensors["lora_B"].float() for s, (_, tensors, _) in zip(scales, ends, strict=True)], dim=1)
-        a, b = within(a, b)
+        wide = [times(w * m.scale, tensors["lora_B"].float()) for m, tensors, w in ends]  # type: ignore[attr-defined]
+        a, b = within(torch.cat([tensors["lora_A"].float() for _, tensors, _ in ends]), torch.cat(wide, dim=1))
         return plain(a.shape[0], corrects=any(method.corrects for method, _, _ in parts)), {"lora_A": a, "lora_B": b}
 
 

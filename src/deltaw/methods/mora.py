@@ -26,7 +26,7 @@ from torch import Tensor
 from deltaw.core.adapter import Adapter
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Part, register
-from deltaw.methods.ranked import Ranked, RankedAdapter, trained
+from deltaw.methods.ranked import Ranked, RankedAdapter, times, trained
 
 
 class MoRAAdapter(RankedAdapter):
@@ -136,4 +136,4 @@ class MoRA(Ranked):
         """The change is linear in M: matrices of one size and type add up."""
         if any(method != self for method, _, _ in parts):
             return super().combine(parts)
-        return self, {"mora_M": torch.stack([w * tensors["mora_M"].float() for _, tensors, w in parts]).sum(0)}
+        return self, {"mora_M": torch.stack([times(w, tensors["mora_M"].float()) for _, tensors, w in parts]).sum(0)}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.core.adapter import WeightAdapter, compute_dtype
+from deltaw.core.errors import UseError
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Method, Owned, Site
 from deltaw.methods.full import companions
@@ -133,6 +134,16 @@ def trained(*shape: int) -> nn.Parameter:
 def kaiming(tensor: Tensor, inputs: int) -> None:
     """U(±1/√inputs): kaiming-uniform with a = √5 for a matrix that reads so many inputs at once."""
     nn.init.uniform_(tensor, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
+
+
+def times(weight: float, tensor: Tensor) -> Tensor:
+    """weight · tensor. UseError where that falls out of the dtype's normal range: digits, or all of it, would be lost."""
+    made = weight * tensor
+    if weight and made.numel():
+        before, after = float(tensor.abs().max()), float(made.abs().max())
+        if after < min(before, torch.finfo(made.dtype).tiny):
+            raise UseError(f"its change times {weight:g} is too small for fp32: give a larger weight")
+    return made
 
 
 def number(value: Any) -> bool:

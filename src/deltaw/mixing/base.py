@@ -13,7 +13,7 @@ from deltaw.core.adapter import WeightAdapter
 from deltaw.core.base import by_path
 from deltaw.core.change import independent
 from deltaw.core.errors import UseError, did_you_mean
-from deltaw.core.host import HostSpec, ParameterHost, host_of
+from deltaw.core.host import HostSpec, ParameterHost, WeightHost, host_of
 from deltaw.core.method import Method, Site
 from deltaw.core.state import AdapterState, built, delta
 
@@ -61,6 +61,7 @@ def beside(state: AdapterState, site: Site, weights: Weights | None) -> dict[Sit
     adapter.name, adapter.method = method.name, method
     with torch.no_grad():
         for changed, host in adapter.beside(_host(module, site)):
+            assert isinstance(host, WeightHost | ParameterHost), "what has a ΔW changes a parameter"
             found[Site(site.path, host.slot)] = changed.merged(host.weight.detach().float().cpu())
     return found
 

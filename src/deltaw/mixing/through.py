@@ -26,6 +26,7 @@ from deltaw.core.text import columns
 from deltaw.methods.full import Full, of_one_shape
 from deltaw.methods.inits import within
 from deltaw.methods.lora import LoRA, plain
+from deltaw.methods.ranked import times
 from deltaw.mixing import cut
 from deltaw.mixing.base import Weights, beside, kept, matrix, parameter, spec_of
 
@@ -150,8 +151,8 @@ def _site(
     corrects = any(method.corrects for method in methods)
     if merge is None and len(exact) == len(parts):
         (state, weight), (now, group) = parts[0], methods[0].finished(parts[0][0].tensors[site])
-        alone = len(parts) == 1 and weight == 1 and type(now) is LoRA and energy is None
-        if alone and (not isinstance(rank, int) or (now.rank or 0) <= rank):
+        alone = len(parts) == 1 and weight == 1 and energy is None
+        if alone and type(now) is LoRA and (not isinstance(rank, int) or (now.rank or 0) <= rank):
             return now, group, Converted("exact", now.rank or 0, 0.0)
         summed, most = _summed(exact, [w for _, w in parts]), 0.0
         if energy is not None:
@@ -162,11 +163,11 @@ def _site(
     if rank is None and energy is None and merge is None:
         missing = next(state.methods[site].name for (state, _), term in zip(parts, terms, strict=True) if term is None)
         raise UseError(f"the change of {missing} has no low-rank factors: give the rank to cut it at")
-    changes = [matrix(state, site, base).mul_(w) for state, w in parts]
+    changes = [times(w, matrix(state, site, base)) for state, w in parts]
     whole = sum(changes[1:], start=changes[0]) if merge is None else merge(site, changes)
     del changes  # before the cut needs as much again
-    everything = rank == "full" or (rank is None and energy is None)
-    made = cut.whole(whole) if everything else cut.of_matrix(whole, rank, energy)
+    uncut = rank is None and energy is None
+    made = cut.whole(whole) if rank == "full" or uncut else cut.of_matrix(whole, rank, energy)
     done = Converted("svd" if made.error else "exact", made.rank, made.error)
     return plain(made.rank, corrects=corrects), _shaped(made.a, made.b, specs[site]), done
 
@@ -191,7 +192,7 @@ def _summed(terms: Sequence[Factors], weights: Sequence[float]) -> Factors:
     if len(terms) == 1 and weights[0] == 1:
         return terms[0]
     a = torch.cat([term.a for term in terms], dim=-2)
-    b = torch.cat([w * term.scale * term.b for term, w in zip(terms, weights, strict=True)], dim=-1)
+    b = torch.cat([times(w * term.scale, term.b) for term, w in zip(terms, weights, strict=True)], dim=-1)
     return Factors(*(within(a, b) if a.ndim == 2 else (a, b)), 1.0)
 
 

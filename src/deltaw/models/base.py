@@ -178,25 +178,41 @@ def load_base(name: str, *, dtype: str = "auto", device: torch.device | None = N
 
 def read_config(name: str) -> Any:
     """transformers' configuration of a base."""
+    source, transformers = resolve(name), require_transformers()
     try:
-        return require_transformers().AutoConfig.from_pretrained(resolve(name))
+        return transformers.AutoConfig.from_pretrained(source)
     except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be loaded
         raise unreadable(name, error) from error
 
 
 def outline(name: str) -> Any:
     """The model of a base without its weights: all modules and shapes, on the meta device; only its configuration is read."""
-    config = read_config(name)
+    config, transformers = read_config(name), require_transformers()
     try:
         with torch.device("meta"):
-            return require_transformers().AutoModelForCausalLM.from_config(config)
+            return transformers.AutoModelForCausalLM.from_config(config)
     except Exception as error:
         raise unreadable(name, error) from error
 
 
 def unreadable(name: str, error: Exception) -> FileError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return FileError(f"the base {name!r} cannot be loaded: {reason}")
+    """What a library's error about a base says: that nothing answers to its name, or what is wrong with its files."""
+    if isinstance(error, OSError) and name != "tiny" and not Path(name).expanduser().is_dir():
+        return FileError(
+            f"no base {name!r}: not a folder, not 'tiny', and no hub id that answers ({said(error)}): check its spelling, "
+            "or give its folder"
+        )
+    of_machine = isinstance(error, ImportError | MemoryError | RuntimeError)  # a package or memory is missing, no file
+    fix = "" if of_machine else "; fetch it again, whole, or give another base"
+    return FileError(f"the base {name!r} cannot be loaded: {said(error)}{fix}")
+
+
+def said(error: Exception) -> str:
+    """The words of a library's error on one line, for a sentence of ours; the classes of errors are not for users."""
+    text = " ".join(str(error).split())[:300].rstrip(". ")
+    if isinstance(error, KeyError):
+        return f"{text} is missing"
+    return text or "its files hold something else"
 
 
 def require_transformers() -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deltaw.core.errors import FileError, faults
 from deltaw.core.files import read_json
-from deltaw.models.base import resolve
+from deltaw.models.base import resolve, unreadable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -68,7 +68,10 @@ class Checkpoint:
     def _opened(self, key: str) -> Any:
         file = self.entries[key].file
         if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, framework="pt")
+            try:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise FileError(f"{self.folder / file} cannot be read: {error}; {AGAIN}") from None
         return self._open[file]
 
 
@@ -84,8 +87,7 @@ def folder_of(model: str) -> Path:
             snapshot_download(found, allow_patterns=["model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise FileError(f"the base {model!r} cannot be fetched: {reason}") from None
+        raise unreadable(model, error) from None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint | None:

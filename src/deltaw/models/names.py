@@ -65,15 +65,15 @@ def placed(disk: Mapping[str, Shape], memory: Mapping[str, Shape], model: Any) -
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in table if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    whole: dict[str, list[str]] = {}
+    known, whole = dict(memory), dict[str, list[str]]()
     made: dict[str, dict[str, list[str]]] = {}  # parameter → pattern → names on disk, in the loader's order
     for key in sorted(disk, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, memory)
+        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
         if name not in memory and key in memory:
-            name, pattern = rename_source_key(key, [], [], prefix, memory)
+            name, pattern = rename_source_key(key, [], [], prefix, known)
         if name in memory and pattern is None:
             whole.setdefault(name, []).append(key)
-        elif name in memory:
+        elif name in memory and pattern is not None:
             made.setdefault(name, {}).setdefault(pattern, []).append(key)
     pieces, lost = dict[str, Piece](), dict[str, str]()
     for name, keys in whole.items():

@@ -19,7 +19,7 @@ from deltaw.core.errors import FileError, UseError
 from deltaw.formats.diffusers import ROLES
 from deltaw.formats.layout import Layout
 from deltaw.models.adapters import layout
-from deltaw.models.base import TINY, outline, read_config, require_transformers
+from deltaw.models.base import TINY, outline, read_config, require_transformers, resolve, said, unreadable
 
 INDEX, CONFIG = "model_index.json", "config.json"
 CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -101,8 +101,9 @@ def _built(name: str, build: Any) -> Any:
         with torch.device("meta"):
             return build()
     except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be built
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise FileError(f"the base {name!r} cannot be built from its configuration: {reason}") from None
+        raise FileError(
+            f"the base {name!r} cannot be built from its configuration: {said(error)}; fetch it again, whole"
+        ) from None
 
 
 def _read(name: str, file: str) -> dict[str, Any] | None:
@@ -113,14 +114,11 @@ def _read(name: str, file: str) -> dict[str, Any] | None:
         found = Path(name) / file
         path = str(found) if found.is_file() else None
     else:
-        cached_file = require_transformers().utils.hub.cached_file
+        cached_file, source = require_transformers().utils.hub.cached_file, resolve(name)
         try:
-            path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+            path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
         except OSError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise FileError(
-                f"no base {name!r}: not a folder, not 'tiny', and no hub id that answers ({reason})"
-            ) from None
+            raise unreadable(name, error) from None
     if path is None:
         return None
     try:

@@ -3,6 +3,7 @@
     Facts (config, names and shapes of the tensors, files, optionally the base) → Rule → a sentence where it trips
     any rule that refuses                                 → the engine refuses it
     else any that mis-scales, mis-reads or ignores        → it loads, and computes something else
+    else any about what the rules do not know             → unknown
     else                                                  → it takes it; `needs` are options to start the engine with
 
 The tables are in `deltaw.ship.engines`, the questions in `deltaw.ship.rules` and `rules_scale`. No engine runs here: a rule
@@ -27,8 +28,17 @@ from deltaw.formats.peft_experts import is_stack, sites
 from deltaw.formats.peft_valid import ALPHAS, NAMES, TARGETS, Check, number, patterns
 from deltaw.formats.weights import PICKLED, WEIGHTS, read_tensors
 
-Effect = Literal["refuses", "mis-scales", "mis-reads", "ignores", "needs"]
-Verdict = Literal["takes it", "refuses", "computes something else"]
+Effect = Literal["refuses", "mis-scales", "mis-reads", "ignores", "unknown", "needs"]
+Verdict = Literal["takes it", "refuses", "computes something else", "unknown"]
+VERDICTS: Mapping[Effect, Verdict] = {
+    "refuses": "refuses",
+    "mis-scales": "computes something else",
+    "mis-reads": "computes something else",
+    "ignores": "computes something else",
+    "unknown": "unknown",
+    "needs": "takes it",
+}
+"""The worst first."""
 KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.(?P<end>lora_[AB]\.weight|lora_embedding_[AB])")
 """The keys that every engine reads as factors."""
 UNSURE = ("inferred", "not verified")
@@ -122,6 +132,8 @@ class Rule:
     """A sentence where the rule says something of this folder, else None."""
     evidence: str = "code"
     """measured, code or doc: of the version that the engine names, or of one that is named here; else one of UNSURE."""
+    stays: bool = False
+    """It is the base that trips it, or what cannot be read at all: another form of the adapter does not help."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +142,7 @@ class Finding:
     effect: Effect
     why: str
     evidence: str
+    stays: bool
 
 
 @dataclass(frozen=True)
@@ -157,10 +170,12 @@ class Opinion:
 def judge(engine: Engine, facts: Facts) -> Opinion:
     """Ask all rules of an engine."""
     asked = [(rule, rule.trips(facts)) for rule in engine.rules]
-    found = tuple(Finding(rule.name, rule.effect, why, rule.evidence) for rule, why in asked if why is not None)
+    found = tuple(
+        Finding(rule.name, rule.effect, why, rule.evidence, rule.stays) for rule, why in asked if why is not None
+    )
     effects = {finding.effect for finding in found}
-    other: Verdict = "computes something else" if effects - {"needs"} else "takes it"
-    return Opinion(engine.name, engine.version, "refuses" if "refuses" in effects else other, found)
+    verdict: Verdict = next((verdict for effect, verdict in VERDICTS.items() if effect in effects), "takes it")
+    return Opinion(engine.name, engine.version, verdict, found)
 
 
 def table(opinions: Sequence[Opinion]) -> str:
@@ -172,6 +187,19 @@ def table(opinions: Sequence[Opinion]) -> str:
         for found in one.findings:
             head += f"\n    {found.effect}: {found.why}{f' [{found.evidence}]' if found.evidence in UNSURE else ''}"
     return head
+
+
+def way_out(opinions: Sequence[Opinion], adapter: Path) -> list[str]:
+    """What helps with engines that do not take a folder, and with which nothing does; a line each."""
+    wrong = [one for one in opinions if not one.takes]
+    stay = [one.engine for one in wrong if any(found.stays for found in one.findings)]
+    helped = [one.engine for one in wrong if one.engine not in stay]
+    them = ", ".join(helped) if stay else "all of them"
+    lines = [f"deltaw export {adapter} --output FOLDER writes a form for {them}, where the adapter has one."]
+    return [
+        *(lines if helped else []),
+        *([f"No other form of the adapter helps with {', '.join(stay)}: see the reasons above."] if stay else []),
+    ]
 
 
 def read_facts(folder: Path, base: Base | None = None, *, allow_pickle: bool = False) -> Facts:

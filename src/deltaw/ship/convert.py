@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deltaw.analysis.norms import does_nothing
 from deltaw.core.errors import ConfigError, FileError, MergeError, UseError, faults
 from deltaw.core.files import must_be_free, read_json, whole_folder
 from deltaw.data.kept import read_kept
@@ -79,6 +80,8 @@ def convert(
         )
     base = None if named is None else outlines(str(named))
     states, notes = read(found, base, alpha, enable_lora)
+    if all(map(does_nothing, states.values())):
+        notes = [*notes, "its change is zero everywhere, and so is what was written: was it trained?"]
     origin = {"parents": found.digests, "converted": {"from": found.tool, "file": Path(source).name}}
     states = {role: dataclasses.replace(s, meta={**s.meta, **origin}).finished() for role, s in states.items()}
     with whole_folder(target) as draft:

@@ -111,7 +111,7 @@ def _cast(key: str, tensor: Tensor, infinite: set[str], dtype: torch.dtype, size
 
 
 def _bytes(block: Tensor) -> memoryview:
-    return memoryview(block.contiguous().view(-1).view(torch.uint8).numpy())
+    return block.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _copy(source: Any, target: Any, start: int, size: int) -> None:

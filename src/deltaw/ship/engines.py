@@ -34,14 +34,15 @@ def sglang_start(f: Facts) -> str | None:
 
 
 FILE = (
-    Rule("config", "refuses", r.no_config),
-    Rule("weights", "refuses", r.no_weights),
-    Rule("nothing", "refuses", r.nothing),
+    Rule("config", "refuses", r.no_config, stays=True),
+    Rule("weights", "refuses", r.no_weights, stays=True),
+    Rule("nothing", "refuses", r.nothing, stays=True),
+    Rule("options", "unknown", r.unknown_options, "not verified", stays=True),
 )
-NAN = Rule("nonfinite", "ignores", r.nonfinite)
+NAN = Rule("nonfinite", "ignores", r.nonfinite, stays=True)
 TYPE = Rule("type", "mis-reads", r.another_method, "inferred")
-HALF = Rule("pair", "refuses", r.half_pairs, "not verified")
-SHAPES = Rule("shapes", "refuses", r.other_shapes, "not verified")
+HALF = Rule("pair", "refuses", r.half_pairs, "not verified", stays=True)
+SHAPES = Rule("shapes", "refuses", r.other_shapes, "not verified", stays=True)
 
 VLLM_COMMON = (
     *FILE,
@@ -63,10 +64,10 @@ VLLM_COMMON = (
     HALF,
     Rule("names", "refuses", r.wrong_names(("embed_tokens", "lm_head"))),
     Rule("places", "ignores", r.wrong_places(("embed_tokens", "lm_head"))),
-    Rule("vocabulary", "refuses", r.other_vocabulary),
+    Rule("vocabulary", "refuses", r.other_vocabulary, stays=True),
     Rule("experts", "refuses", r.experts_uneven),
     Rule("stacks", "needs", r.experts_fused, "not verified"),
-    Rule("shapes", "mis-reads", r.other_shapes),
+    Rule("shapes", "mis-reads", r.other_shapes, stays=True),
     Rule("arrow", "ignores", r.switched("arrow_config", "routing between adapters is not done"), "measured"),
     Rule("kasa", "ignores", r.switched("kasa_config", "KaSA's third factor is not there"), "measured"),
     NAN,
@@ -114,7 +115,7 @@ LORAX_RULES = (
     *FILE,
     TYPE,
     Rule("stacked", "refuses", s.ranks_uneven, "code, LoRAX 1e223be"),
-    Rule("pair", "ignores", r.half_pairs),
+    Rule("pair", "ignores", r.half_pairs, stays=True),
     Rule("layers", "ignores", s.layers_missing),
     Rule("scale", "mis-scales", s.scaled_by(s.global_rslora, s.PATTERNS)),
     Rule("padding", "mis-scales", s.scaled_after_padding, "code, LoRAX 1e223be and TGI e582eed"),
@@ -139,8 +140,8 @@ LLAMA_CPP = Engine(
         TYPE,
         Rule("required", "refuses", r.lacks("lora_alpha")),
         Rule("keys", "refuses", r.keys_beside(GGUF_KEYS, "it ends at tensors that are no factors")),
-        Rule("pair", "refuses", r.half_pairs),
-        Rule("head", "refuses", r.tied_head, "inferred"),
+        Rule("pair", "refuses", r.half_pairs, stays=True),
+        Rule("head", "refuses", r.tied_head, "inferred", stays=True),
         Rule("scale", "mis-scales", s.scaled_by(s.tensor_scale, ("use_rslora", "alpha_pattern"))),
         Rule("names", "refuses", r.wrong_names(("embed_tokens",)), "inferred"),
         SHAPES,
@@ -155,9 +156,9 @@ OLLAMA = Engine(
         *FILE,
         TYPE,
         Rule("alpha", "refuses", r.alpha_not_whole),
-        Rule("base", "refuses", r.base_not_in(("LlamaForCausalLM", "Gemma2ForCausalLM"))),
+        Rule("base", "refuses", r.base_not_in(("LlamaForCausalLM", "Gemma2ForCausalLM")), stays=True),
         Rule("keys", "refuses", r.keys_beside(r"(?!)", "tensors that are no factors"), "not verified"),
-        Rule("pair", "refuses", r.half_pairs, "not verified"),
+        HALF,
         Rule("names", "refuses", r.names_beside(s.LLAMA), "inferred"),
         Rule("flat", "mis-reads", r.flat_factors, "code, Ollama 0242080"),
         Rule("scale", "mis-scales", s.scaled_by(s.tensor_scale, ("use_rslora", "alpha_pattern"))),

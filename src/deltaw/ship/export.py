@@ -21,7 +21,7 @@ from pathlib import Path
 from torch import nn
 
 from deltaw import __version__
-from deltaw.analysis.norms import norm
+from deltaw.analysis.norms import does_nothing
 from deltaw.core.errors import BaseMismatchError, ConfigError, UseError, did_you_mean, faults
 from deltaw.core.files import must_be_free, whole_folder, write_text
 from deltaw.core.host import ParameterHost, WeightHost
@@ -270,8 +270,7 @@ def _trained_quantized(state: AdapterState) -> list[str]:
 
 
 def _does_something(state: AdapterState) -> None:
-    factors = [state.factors(site) for site in state.methods]
-    if all(one is not None and norm(one) == 0 for one in factors):
+    if does_nothing(state):
         raise UseError("the change of this adapter is zero everywhere: exported it would do nothing; was it trained?")
 
 

@@ -87,8 +87,9 @@ def live(job: Job, tokenizer: bool) -> Live:
 
 def loaded(name: str, layer: str | None = None) -> Any:
     """A base in fp32 on the CPU, whatever its class; FileError where it cannot be loaded."""
+    source, kind = resolve(name), class_of(name, layer)
     try:
-        model = class_of(name, layer).from_pretrained(resolve(name), dtype=torch.float32)
+        model = kind.from_pretrained(source, dtype=torch.float32)
     except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be loaded
         raise unreadable(name, error) from error
     if name == "tiny":
@@ -152,8 +153,8 @@ def _sum(states: Sequence[AdapterState], weights: Sequence[float]) -> AdapterSta
         parts = [*alone, *([combine([s for s, _ in rest], [w for _, w in rest])] if rest else [])]
     except UseError as error:
         raise UseError(f"in memory only exact sums are merged, and {error}") from None
-    chained = [{site: one for part in parts for site, one in table(part).items()} for table in _TABLES]
-    return AdapterState(*chained)
+    methods, tensors, specs = ({s: one for part in parts for s, one in table(part).items()} for table in _TABLES)
+    return AdapterState(methods, tensors, specs)
 
 
 _TABLES = (lambda state: state.methods, lambda state: state.tensors, lambda state: state.specs)

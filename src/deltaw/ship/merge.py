@@ -25,8 +25,8 @@ import torch
 from safetensors import SafetensorError
 
 from deltaw.core.base import BaseIdentity, identify
-from deltaw.core.errors import FileError, MergeError, UseError, faults
-from deltaw.core.files import must_be_free, whole_folder, write_text
+from deltaw.core.errors import MergeError, UseError, faults
+from deltaw.core.files import must_be_free, not_made, whole_folder, write_text
 from deltaw.data.kept import read_kept, together
 from deltaw.formats import directory
 from deltaw.models.adapters import LoadReport
@@ -39,7 +39,7 @@ from deltaw.ship.check import Reference
 from deltaw.ship.live import Job, corrects, live, loaded, merge_live
 from deltaw.ship.private import Private
 from deltaw.ship.roundtrip import RoundTrip
-from deltaw.ship.shards import Plan, plan, subject
+from deltaw.ship.shards import Plan, changing, plan, subject
 
 Told = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -103,10 +103,7 @@ def merge_to_folder(
             out = _Out(source, folder, target, wanted, clock, told or (lambda done, total: None))
             return _in_shards(job, found, out) if isinstance(found, Plan) else _in_memory(job, found, out)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FileError(
-            f"{target} cannot be written: {reason}; nothing was left there: give a disk with more room"
-        ) from None
+        raise not_made(target, error, "give a disk with more room") from None
 
 
 def _job(
@@ -218,21 +215,23 @@ def _in_shards(job: Job, found: Plan, out: _Out) -> Shipped:
 def _in_memory(job: Job, reason: str, out: _Out) -> Shipped:
     with out.clock("compare"):
         there = live(job, tokenizer=True)
+    changing(there.model, job)  # what rounding leaves of changes that cancel would pass for one below
     base, remarks = identify(there.model), [f"merged in memory: {reason}"]
     with out.clock("write"), Private() as memory:
         merged = merge_live(there, job)
-        own = getattr(read_config(job.model), "dtype", None)
-        written = out.dtype or (own if own in DTYPES.values() else torch.float32)
-        finite = {name for name, tensor in there.model.state_dict().items() if tensor.isfinite().all()}
-        there.model.to(written)
-        lost = [name for name, t in there.model.state_dict().items() if name in finite and not t.isfinite().all()]
+        model: Any = there.model
+        own: Any = getattr(read_config(job.model), "dtype", None)
+        written: torch.dtype = out.dtype or (own if own in DTYPES.values() else torch.float32)
+        finite = {name for name, tensor in model.state_dict().items() if tensor.isfinite().all()}
+        model.to(written)
+        lost = [name for name, t in model.state_dict().items() if name in finite and not t.isfinite().all()]
         if lost:
             said = [f"{name}: the weight is not finite in {out.dtype or written}" for name in lost]
             raise faults(MergeError, f"{subject(job)} cannot be merged", said)
-        there.model.save_pretrained(out.folder)
+        model.save_pretrained(out.folder)
         there.tokenizer.save_pretrained(out.folder)
     held, reports = there.reference, there.reports
-    del there
+    del there, model
     gc.collect()
     if merged.changed < merged.weights:
         remarks.append(

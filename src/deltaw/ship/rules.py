@@ -11,6 +11,16 @@ from deltaw.formats.directory import CONFIG
 from deltaw.formats.weights import PICKLED, WEIGHTS
 from deltaw.ship.acceptance import Facts, Question
 
+KNOWN = {
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias",
+    "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save",
+    "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_bdlora",
+    "use_dora", "use_qalora", "use_rslora", "velora_config",
+}  # fmt: skip
+"""The keys of a LORA config in PEFT 0.21; ours are among them."""
 HEAD = re.compile(r"base_model\.model\.(.+\.)?(classifier|score)\.weight")
 
 
@@ -64,6 +74,14 @@ def not_lora(f: Facts) -> str | None:
 def another_method(f: Facts) -> str | None:
     word = f.config.get("peft_type")
     return None if word in (None, "LORA") else f"peft_type is {word}, it does not look and computes what LoRA would"
+
+
+def unknown_options(f: Facts) -> str | None:
+    """Keys with a value: what a newer PEFT or another tool means by them may change what the tensors mean."""
+    if f.config.get("peft_type", "LORA") != "LORA":
+        return None
+    more = [key for key, value in f.config.items() if value and key not in KNOWN]
+    return f"key{'s' * (len(more) > 1)} the rules do not know: {some(more)}" if more else None
 
 
 def switched(key: str, what: str) -> Question:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from deltaw.analysis.norms import norm
 from deltaw.core.adapter import Factors, WeightAdapter
@@ -66,18 +67,7 @@ def plan(job: Job, checkpoint: Checkpoint) -> Plan | str:
     reports = load_all(base.model, job, {**job.allowed, "here": base.identity})
     if grows(base.model, list(job.route)):
         return "the adapter brings rows that the base's tables have no place for"
-    terms = dict[str, list[Term]]()
-    for name, strength in job.route.items():
-        work = changes(base.model, name)
-        hopeless = obstacles(base.model, work)
-        if hopeless:
-            raise faults(MergeError, f"{subject(job)} cannot be merged", list(hopeless.values()))
-        for adapter, host in work:
-            assert isinstance(adapter, WeightAdapter), "those without a ΔW are obstacles"
-            if strength:
-                terms.setdefault(base.one[id(host.stored)], []).append(Term(adapter, host, strength))
-    if not any(map(_act, terms.values())):
-        raise MergeError(NOTHING.format(subject(job)))
+    terms = {base.one[stored]: own for stored, own in changing(base.model, job).items()}
     targets = {parameter: base.names.keys(parameter) for parameter in terms}
     for parameter, keys in targets.items():
         reason = base.names.lost.get(parameter) if not keys else None
@@ -94,6 +84,24 @@ def plan(job: Job, checkpoint: Checkpoint) -> Plan | str:
         for key in keys
     }
     return Plan(checkpoint, base, reports, targets, changed, tally)
+
+
+def changing(model: nn.Module, job: Job) -> dict[int, list[Term]]:
+    """What the adapters of a job, on `model`, do to each parameter, by its id. MergeError where nothing can be merged, or
+    where the changes are zero together."""
+    terms = dict[int, list[Term]]()
+    for name, strength in job.route.items():
+        work = changes(model, name)
+        hopeless = obstacles(model, work)
+        if hopeless:
+            raise faults(MergeError, f"{subject(job)} cannot be merged", list(hopeless.values()))
+        for adapter, host in work:
+            assert isinstance(adapter, WeightAdapter), "those without a ΔW are obstacles"
+            if strength:
+                terms.setdefault(id(host.stored), []).append(Term(adapter, host, strength))
+    if not any(map(_act, terms.values())):
+        raise MergeError(NOTHING.format(subject(job)))
+    return terms
 
 
 def subject(job: Job) -> str:
