@@ -110,7 +110,9 @@ class Reader:
 
     def placeholder(self, image: Path, tokenizer: Any) -> int:
         """The id that stands for the parts of an image: the most frequent one of its tokens."""
-        return Counter(_ids(self.replacement(image), tokenizer)).most_common(1)[0][0]
+        ids = _ids(self.replacement(image), tokenizer)
+        known = [number for number in ids if number in self.image_ids]
+        return Counter(known or ids).most_common(1)[0][0]
 
     def never_learnt(self, images: Sequence[Path], tokenizer: Any) -> set[int]:
         """Ids that stand for images, or mark where one begins and ends."""
