@@ -73,7 +73,10 @@ def with_images(batch: Sequence[Encoded], processor: Any, side: str) -> dict[str
     DataError where it reads other tokens than the rows were encoded with.
     """
     if processor is None:
-        raise DataError(f"{batch[0].images or 'a row with images'} cannot be shown to a model without its processor")
+        image = next(image for row in batch for image in row.images)
+        raise DataError(
+            f"the image {str(image)!r} cannot be shown to a model without its processor: give it with the rows"
+        )
     made = reader(processor).batch([row.text for row in batch], [row.images for row in batch], side)
     made.pop("labels", None)
     for row, ids, mask in zip(batch, made["input_ids"], made["attention_mask"], strict=True):

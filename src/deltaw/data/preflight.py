@@ -113,7 +113,10 @@ def stop_token(seen: Observed, tokenizer: Any) -> Check:
 
 def padding(row: Encoded, tokenizer: Any) -> Check:
     """Padding a row, also with its own stop token, must leave what it learns: seen on a batch that pads it."""
-    longer = Encoded(row.ids * 2, row.labels * 2)
+    row, longer = (
+        Encoded(row.ids, row.labels),
+        Encoded(row.ids * 2, row.labels * 2),
+    )  # images have nothing to do with it
     labels = Collator(tokenizer)([row, longer])["labels"][0].tolist()
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     if labels != [IGNORE, *row.labels[1:], *[IGNORE] * len(row.ids)]:
