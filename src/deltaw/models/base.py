@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltaw.core import plugins
 from deltaw.core.errors import FileError, UseError, did_you_mean
 from deltaw.core.files import read_json
 from deltaw.models import quantize as quantizing
@@ -131,8 +132,8 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     source = resolve(name)
     transformers = require_transformers()
     try:
+        config = config_of(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        config = transformers.AutoConfig.from_pretrained(source)
     except Exception as error:
         raise unreadable(name, error) from error
     if not len(tokenizer):
@@ -179,9 +180,24 @@ def load_base(name: str, *, dtype: str = "auto", device: torch.device | None = N
 def read_config(name: str) -> Any:
     """transformers' configuration of a base."""
     try:
-        return require_transformers().AutoConfig.from_pretrained(resolve(name))
+        return config_of(resolve(name))
     except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be loaded
         raise unreadable(name, error) from error
+
+
+def config_of(source: str) -> Any:
+    """transformers' configuration of a folder or hub id; it learns our own kinds of models when it meets one."""
+    transformers = require_transformers()
+    record, _ = transformers.PreTrainedConfig.get_config_dict(source)
+    if str(record.get("model_type")).startswith("deltaw_"):
+        know_our_own()
+    return transformers.AutoConfig.from_pretrained(source)
+
+
+def know_our_own() -> None:
+    """Make the models of `deltaw.models.image_text` known to transformers' Auto classes: no trust_remote_code is needed."""
+    require_transformers()
+    plugins.load("deltaw.models.image_text")
 
 
 def outline(name: str) -> Any:
