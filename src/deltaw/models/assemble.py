@@ -20,8 +20,8 @@ from deltaw.models.base import know_our_own, load_tokenizer, require_transformer
 from deltaw.models.ingredients import TOWERS, Ingredients, checked
 from deltaw.models.placeholder import IMAGE, add_image_token, rows_for, with_blocks
 
-FEATURES = -2
-"""The layer of the tower whose output is read: the last but one, as LLaVA and Mini-Gemini do."""
+FEATURES = -1
+"""Of the layers that are kept (`deltaw.models.ingredients`), the last is read."""
 SHARD = "5GB"
 
 
@@ -63,6 +63,7 @@ def assemble(
     parts.language.vocab_size = rows_for(token, rows)
     config = _config(transformers, parts, projector, token)
     remarks = _told(token, rows, parts.language.vocab_size, tokenizer)
+    remarks.append(f"of the tower {parts.vision.num_hidden_layers} layers are kept, the last is never read")
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(config)
     with whole_folder(target) as draft:

@@ -71,11 +71,15 @@ def checked(vision: str, language: str, projector: str, detail: str | None, deta
 
 
 def _vision_config(vision: str) -> Any:
-    """The configuration of the tower in a folder or hub id, with what is not read left out; None where there is none."""
+    """The configuration of the tower in a folder or hub id, without what no feature comes from; None where there is none.
+
+    Features are what the last layer but one gives, as LLaVA and Mini-Gemini take them: the last would never get a gradient.
+    """
     config = read_config(vision)
     tower = getattr(config, "vision_config", config)
     if getattr(tower, "model_type", None) not in TOWERS:
         return None
+    tower.num_hidden_layers -= 1
     if getattr(tower, "vision_use_head", False):
         tower.vision_use_head = False  # pools all tokens into one
     return tower
@@ -111,6 +115,10 @@ def _detail_size(tower: Any, detail: Any, given: int | None) -> tuple[int, list[
 def _fits(vision: str, tower: Any, pictures: Any, language: str, text: Any) -> list[str]:
     """Faults between the tower and what feeds it, and between its tokens and what reads them."""
     found = []
+    if tower.num_hidden_layers < 1:
+        found.append(
+            f"the tower of {vision!r} has one layer: features come from the last but one, give one of several layers"
+        )
     made = pictures(np.zeros((40, 60, 3), np.uint8), return_tensors="np")["pixel_values"].shape[-2:]
     if tuple(made) != (tower.image_size, tower.image_size):
         found.append(
