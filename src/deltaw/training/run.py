@@ -167,26 +167,32 @@ def _on(
         give_back()
     total, every = steps(config, len(data.encoded))
     set_seed(config.train.seed)
-    plan, parents, remarks = _attach(config, base, run, checkpoint, data)
-    remarks += [*warned, *data.remarks]
+    attached = put_on(config, base, run, checkpoint, data)
+    plan, parents = attached.plan, attached.parents
+    remarks = [*attached.remarks, *warned, *data.remarks]
     known = {**facts(config, base, data, plan, total), "parents": parents, "predicted": predicted}
+    known |= {"parts": [dataclasses.asdict(row) for row in attached.table]} if attached.table else {}
     packing = use_packing(config.data.packing, base.model, lengths(data.encoded), config.train.batch_size)
     score = _scorer(config, base, data, run)
     if resume:
         unchanged(run.plan(), known)
         known["predicted"] = run.plan().get("predicted", {})
-    optimizer = build(groups(base.model, NAME, config.train), config.train)
+    peaks = rates(config.adapter, attached.parts, config.train.learning_rate)
+    optimizer = build(groups(base.model, NAME, config.train, peaks), config.train)
     if not resume:  # not before: what cannot be attached or optimised leaves no run behind
         run.create(config.to_dict(), deltaw.__version__)
     run.write_plan(known)
     progress, stop, events = ProgressBar(quiet), CleanStop(), Events(run)
     _announce(progress, base, data, plan, remarks)
     base.model.train()
+    images = any(row.images for row in data.encoded)
+    check = GradientCheck(run, NAME, attached.parts, images, lambda: trainer.features)
     trainer = AdapterTrainer(
         base.model, run, config.train, total, every, data.encoded, data.held_out,
         Collator(base.tokenizer, packing=packing), optimizer,
-        [events, GradientCheck(run, NAME), Steps(base.model, NAME), stop, progress], score, data.kept.files,
+        [events, check, Steps(base.model, NAME), stop, progress], score, data.kept.files,
     )  # fmt: skip
+    exactly(base.model, NAME, [target.site for target in plan.targets], optimizer)  # when all that touches it is there
     general = General(base, NAME, run, data.general, data.held_out, config.train.batch_size)
     run.log("resume" if resume else "start", steps=total, trainable=plan.trainable, environment=environment())
     for remark in remarks:
@@ -227,50 +233,6 @@ def _on(
     run.log("end", **outcome)
     write_text(run.path / "report.html", html_report(run))
     return Run(run.path, run.adapter, plan, reached, outcome["seconds"], losses, findings)
-
-
-def _attach(
-    config: Config, base: Base, run: RunDirectory, checkpoint: Path | None, data: Prepared
-) -> tuple[TargetPlan, list[str], list[str]]:
-    """Fresh adapters, those of the checkpoint, or those that the run goes on from; the digests of its parents; and what
-    there is to say of them."""
-    chosen = config.adapter
-    if chosen.start is None and checkpoint is None:
-        plan = attach(
-            base.model, chosen.method, targets=chosen.targets, exclude=chosen.exclude, layers=chosen.layers, name=NAME,
-            batches=_inputs(base, data, config.train.batch_size), weights=_originals(config),
-        )  # fmt: skip
-        return attach_rows(base.model, data.tokens) or plan, [], []
-    remarks = []
-    if checkpoint is not None:  # also where it had a parent, which may be gone; the trainer asks for the base
-        load(base.model, checkpoint / "adapter", name=NAME, allow_base_mismatch=True)
-        parents = run.plan().get("parents", [])
-    else:
-        report = load(base.model, str(chosen.start), name=NAME)
-        parents, remarks = [report.digest], [f"{chosen.start}: {remark}" for remark in report.remarks]
-    trainable(base.model, NAME)
-    return plan_of(base.model, NAME), parents, remarks
-
-
-def _inputs(base: Base, data: Prepared, size: int) -> Iterator[dict[str, Any]]:
-    """The first training rows as inputs of the model, for methods that start from data."""
-    collate, device = Collator(base.tokenizer), next(base.model.parameters()).device
-    for first in range(0, min(len(data.encoded), FIRST_BATCHES * size), size):
-        batch = collate(data.encoded[first : first + size])
-        there = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-        yield readable(base.model, there, data.tokens)
-
-
-def _originals(config: Config) -> Callable[[Site], Tensor] | None:
-    """The weights of a base that is quantised here, read when the first is asked for."""
-    if config.quantize == "none":
-        return None
-
-    @functools.cache
-    def whole() -> Any:
-        return load_base(config.model, dtype=config.train.dtype, device=torch.device("cpu")).model
-
-    return lambda site: host_of(whole().get_submodule(site.path), site.slot).weight
 
 
 def _scorer(config: Config, base: Base, data: Prepared, run: RunDirectory) -> Callable[[], Mapping[str, float]] | None:
