@@ -21,12 +21,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base. `name` is what the user wrote; `max_length` the longest row it was made for."""
+    """A loaded base. `name` is what the user wrote; `max_length` the longest row it was made for; `processor` that of a base
+    which reads images."""
 
     name: str
     model: nn.Module
     tokenizer: Any
     max_length: int
+    processor: Any = None
 
 
 def resolve(name: str) -> str:
@@ -142,6 +144,17 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # labels come from spans, so that padding as eos is safe
     return tokenizer, limit_of(config)
+
+
+def load_processor(name: str) -> Any | None:
+    """The processor of a base that reads images, else None; no weight is read. FileError where it cannot be loaded."""
+    transformers = require_transformers()
+    if type(read_config(name)) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return None
+    try:
+        return transformers.AutoProcessor.from_pretrained(resolve(name))
+    except Exception as error:
+        raise unreadable(name, error) from error
 
 
 def limit_of(config: Any) -> int | None:

@@ -98,7 +98,7 @@ def _by_part(config: Config, base: Base, data: Prepared, parents: list[str], rem
 
 def _inputs(base: Base, data: Prepared, size: int) -> Iterator[dict[str, Any]]:
     """The first training rows as inputs of the model, for methods that start from data."""
-    collate, device = Collator(base.tokenizer), next(base.model.parameters()).device
+    collate, device = Collator(base.tokenizer, processor=base.processor), next(base.model.parameters()).device
     for first in range(0, min(len(data.encoded), FIRST_BATCHES * size), size):
         batch = collate(data.encoded[first : first + size])
         there = {key: value.to(device) for key, value in batch.items() if key != "labels"}

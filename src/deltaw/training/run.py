@@ -5,27 +5,22 @@ run.adapter, run.losses["held_out"]
 """
 
 import dataclasses
-import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import set_seed
 
 import deltaw
 from deltaw.config import parse
 from deltaw.config.schema import Config
 from deltaw.core import route
-from deltaw.core.attach import attach, detach, extract, plan_of, trainable
+from deltaw.core.attach import detach, extract
 from deltaw.core.errors import Interrupted, TrainError, UseError
 from deltaw.core.files import write_text
-from deltaw.core.host import host_of
-from deltaw.core.method import Site
 from deltaw.core.plan import TargetPlan
 from deltaw.data.collate import Collator
 from deltaw.data.store import lengths
@@ -34,25 +29,24 @@ from deltaw.fusion.mlp import fused
 from deltaw.infer.evaluate import generate_samples, measured
 from deltaw.infer.metrics import metrics
 from deltaw.infer.packing import use_packing
-from deltaw.models.adapters import load
-from deltaw.models.base import Base, load_base
-from deltaw.runs.diagnosis import Finding
+from deltaw.models.base import Base, load_base, outline
+from deltaw.runs.diagnosis import Finding, recorded
 from deltaw.runs.directory import RunDirectory
 from deltaw.runs.report import html_report
 from deltaw.training import ending
+from deltaw.training.attaching import put_on
 from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, Steps
 from deltaw.training.facts import described, environment, facts, reporters, unchanged
 from deltaw.training.forecast import foreseen
 from deltaw.training.general import General
 from deltaw.training.optimizer import build, groups
-from deltaw.training.outlook import outlook, steps
+from deltaw.training.outlook import held_by, outlook, steps
+from deltaw.training.parts import exactly, rates
 from deltaw.training.prepare import Prepared, brought, prepare, read_by
-from deltaw.training.rows import attach_rows, readable
+from deltaw.training.readback import first_batch, read_back
+from deltaw.training.stages import ahead, in_order, warnings
 from deltaw.training.trainer import NAME, AdapterTrainer
 from deltaw.training.watch import Watch, give_back, peak_memory
-
-FIRST_BATCHES = 64
-"""Most batches that a method may look at before training."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,13 @@ def train(
         config = parse.parse(config)
     run = RunDirectory(config.output)
     run.must_be_free()
-    return _train(config, run, quiet, resume=False, shelf=shelf or Shelf(), ask=ask)
+    shelf = shelf or Shelf()
+    if not config.stages:
+        return _train(config, run, quiet, resume=False, shelf=shelf, ask=ask)
+    warned = warnings(ahead(config))  # a fault in the last stage is said before the first is paid for
+    if ask is not None and warned and not ask(warned):
+        raise TrainError("not started: it was not wanted with these warnings")
+    return _staged(config, run, quiet, shelf)
 
 
 def resume(path: str | Path, *, quiet: bool = False, shelf: Shelf | None = None) -> Run:
@@ -114,10 +114,32 @@ def resume(path: str | Path, *, quiet: bool = False, shelf: Shelf | None = None)
     one_process()
     run = RunDirectory(path)
     config = parse.parse(run.config())
-    run.last_checkpoint()  # the error comes before the base is loaded
     if run.adapter.exists():
         raise UseError(f"{path} is finished, its adapter is {run.adapter}: start another run to train further")
+    if config.stages:
+        return _staged(config, run, quiet, shelf or Shelf())
+    run.last_checkpoint()  # the error comes before the base is loaded
     return _train(config, run, quiet, resume=True, shelf=shelf or Shelf())
+
+
+def _staged(config: Config, run: RunDirectory, quiet: bool, shelf: Shelf) -> Run:
+    """All stages; the Run is the last one's, with the path and the adapter of the whole."""
+
+    def one(stage: Config) -> Run:
+        return train(stage, quiet=quiet, shelf=shelf)
+
+    def further(stage: RunDirectory) -> Run:
+        return resume(stage.path, quiet=quiet, shelf=shelf)
+
+    last = in_order(config, run, quiet, one, further) or _read(RunDirectory(parse.stages(config)[-1].output))
+    return dataclasses.replace(last, path=run.path, adapter=run.adapter)
+
+
+def _read(run: RunDirectory) -> Run:
+    """A finished run, from its directory."""
+    plan, (end, *_) = run.plan(), run.events("end")[::-1]
+    held = TargetPlan(held_by(str(run.adapter), outline(plan["base"])), plan["base_parameters"])
+    return Run(run.path, run.adapter, held, end["steps"], end["seconds"], end["losses"], recorded(run))
 
 
 def one_process() -> None:
@@ -142,7 +164,7 @@ def _train(config: Config, run: RunDirectory, quiet: bool, resume: bool, shelf: 
     dtype, quantize = config.train.dtype, config.quantize
     wanted = (config.model, dtype, quantize)
     base: Base = shelf.get("base", wanted, lambda: load_base(config.model, dtype=dtype, quantize=quantize))
-    base = dataclasses.replace(base, tokenizer=data.tokenizer)
+    base = dataclasses.replace(base, tokenizer=data.tokenizer, processor=data.processor)
     try:
         return _on(base, config, run, data, quiet, checkpoint, began, predicted, warned)
     finally:
@@ -185,11 +207,11 @@ def _on(
     progress, stop, events = ProgressBar(quiet), CleanStop(), Events(run)
     _announce(progress, base, data, plan, remarks)
     base.model.train()
-    images = any(row.images for row in data.encoded)
-    check = GradientCheck(run, NAME, attached.parts, images, lambda: trainer.features)
+    pictured = data.report.with_images > 0
+    check = GradientCheck(run, NAME, attached.parts, pictured, lambda: trainer.features)
     trainer = AdapterTrainer(
         base.model, run, config.train, total, every, data.encoded, data.held_out,
-        Collator(base.tokenizer, packing=packing), optimizer,
+        Collator(base.tokenizer, packing=packing, processor=base.processor), optimizer,
         [events, check, Steps(base.model, NAME), stop, progress], score, data.kept.files,
     )  # fmt: skip
     exactly(base.model, NAME, [target.site for target in plan.targets], optimizer)  # when all that touches it is there
@@ -229,6 +251,8 @@ def _on(
     state = described(config, base, extract(base.model, NAME), outcome, parents)
     directory.write(state, run.adapter, beside=data.kept.files)
     general.after(reached)
+    if attached.parts is not None:
+        read_back(base, NAME, run.adapter, first_batch(data.encoded, config.train.batch_size))
     findings = ending.diagnosed(run, known, progress.say)
     run.log("end", **outcome)
     write_text(run.path / "report.html", html_report(run))
@@ -244,8 +268,9 @@ def _scorer(config: Config, base: Base, data: Prepared, run: RunDirectory) -> Ca
 
     def score() -> dict[str, float]:
         samples = generate_samples(
-            base.model, base.tokenizer, rows.rows[: t.generate], data.policy, batch_size=t.batch_size
-        )
+            base.model, base.tokenizer, rows.rows[: t.generate], data.policy, batch_size=t.batch_size,
+            processor=base.processor,
+        )  # fmt: skip
         run.write_samples([dataclasses.asdict(sample) for sample in samples])
         return measured(samples, chosen)
 
