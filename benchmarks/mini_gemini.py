@@ -67,6 +67,22 @@ def rows(folder: Path, count: int) -> Path:
     return folder / "rows.json"
 
 
+def lines(result: dict[str, Any]) -> list[str]:
+    """The result as a table for docs/multimodal.md."""
+    head = ["weights", "trained tensors", "optimizer", "gradients", "activations and the rest", "at most"]
+    found = [
+        "| stage and method | rows | " + " | ".join(head) + " | fits |",
+        "|---|" + "---:|" * (len(head) + 1) + "---|",
+    ]
+    for arm in result["arms"]:
+        m = {key.removesuffix("_bytes"): value / 1e9 for key, value in arm["memory"].items()}
+        rest = m["peak"] - sum(m[key] for key in ("weights", "adapters", "optimizer", "gradients"))
+        sizes = m["weights"], m["adapters"], m["optimizer"], m["gradients"], rest, m["peak"]
+        cells = [arm["arm"], str(arm["rows"]), *(f"{size:.1f}" for size in sizes), "yes" if arm["fits"] else "no"]
+        found.append(f"| {' | '.join(cells)} |")
+    return found
+
+
 def main(arguments: list[str]) -> None:
     options = parser(__doc__)
     options.add_argument("--rows", type=int, nargs="+", default=[1, 4])
