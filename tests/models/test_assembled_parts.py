@@ -1,5 +1,7 @@
 """An assembled model in the hands of the rest: its parts are found, every target gets a gradient, rows with images become batches."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,14 @@ import transformers
 from towers import clip, convnext, language, picture
 
 import deltaw
+from deltaw.cli.main import main
 from deltaw.core.parts import find
 from deltaw.data.collate import Collator
 from deltaw.data.conversation import IMAGE, Example, Message
 from deltaw.data.encode import Encoded, Policy, encode
 from deltaw.models.assemble import Assembled, assemble
 from deltaw.models.base import load_processor, load_tokenizer, read_config
+from deltaw.ship.merge import merge_to_folder
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +80,38 @@ def test_a_batch_has_both_pictures_and_no_image_token_is_labelled(made: Assemble
     images = batch["input_ids"] == made.image_token_id
     assert images.sum() == made.image_tokens and (batch["labels"][images] == -100).all()
     assert torch.isfinite(opened(made)(**batch).loss)
+
+
+def test_it_opens_like_any_other_base(made: Assembled, tmp_path: Path) -> None:
+    base = deltaw.load_base(str(made.path), dtype="fp32", device=torch.device("cpu"))
+    assert base.processor.image_token_id == made.image_token_id and base.max_length == 128
+    deltaw.attach(base.model, deltaw.LoRA(rank=2), targets={"language": "all-linear", "projector": "all-linear"})
+    with torch.no_grad():
+        for parameter in base.model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    deltaw.save(base.model, tmp_path / "adapter")
+    merged = merge_to_folder(str(made.path), [(str(tmp_path / "adapter"), 1.0)], tmp_path / "merged", dtype="auto")
+    assert merged.effect is not None and merged.effect > 1e-3 > merged.max_logit_difference
+    batch = {name: value for name, value in collated(made, tmp_path).items() if name != "labels"}
+    again = deltaw.load_base(str(tmp_path / "merged"), dtype="fp32", device=torch.device("cpu"))
+    assert again.processor is not None
+    torch.testing.assert_close(again.model(**batch).logits, base.model(**batch).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("projector", ["mlp", "linear", "mining"])
+def test_plan_needs_no_weights(
+    tmp_path: Path, projector: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detail = convnext(tmp_path / "convnext") if projector == "mining" else None
+    bases = clip(tmp_path / "clip"), language(tmp_path / "llama")
+    done = assemble(*bases, tmp_path / "out", projector=projector, detail=detail, weights=False)
+    words = ["plan", f"model={done.path}", "adapter.parts.language=lora", "adapter.parts.projector=full", "--json"]
+    monkeypatch.setattr(sys, "argv", ["deltaw", *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    out, err = capsys.readouterr()
+    assert caught.value.code in (0, None), err
+    record = json.loads(out)
+    assert record["parameters"]["total"] == done.parameters["total"]
+    assert record["parameters"]["trainable"] > done.parameters["projector"] and record["memory"]["peak_bytes"] > 0
