@@ -11,6 +11,7 @@ from towers import clip, convnext, language, picture
 
 import deltaw
 from deltaw.cli.main import main
+from deltaw.core.attach import adapters
 from deltaw.core.parts import find
 from deltaw.data.collate import Collator
 from deltaw.data.conversation import IMAGE, Example, Message
@@ -115,3 +116,35 @@ def test_plan_needs_no_weights(
     record = json.loads(out)
     assert record["parameters"]["total"] == done.parameters["total"]
     assert record["parameters"]["trainable"] > done.parameters["projector"] and record["memory"]["peak_bytes"] > 0
+
+
+def test_it_is_trained_in_stages_and_answers(made: Assembled, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": "Hi", "completion": "Hello."}]
+    for seed in range(5):
+        picture(seed).save(tmp_path / f"{seed}.png")
+        asked = {
+            "role": "user",
+            "content": [{"type": "image", "path": f"{seed}.png"}, {"type": "text", "text": "What?"}],
+        }
+        rows.append({"messages": [asked, {"role": "assistant", "content": f"Noise {seed}."}]})
+    for name, some in (("texts", rows[:1]), ("rows", rows[1:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(some), encoding="utf-8")
+    stages = [
+        {"name": "align", "adapter": {"parts": {"projector": "full"}}},
+        {"name": "instruct", "adapter": {"parts": {"projector": "frozen", "language": "lora", "vision": "lora"}}},
+    ]
+    train = {"max_steps": 1, "batch_size": 3, "checkpointing": True}
+    files = [str(tmp_path / "texts.json"), str(tmp_path / "rows.json")]
+    config = {"model": str(made.path), "data": {"train": files, "eval": None}, "train": train, "stages": stages}
+    run = deltaw.train({**config, "output": str(tmp_path / "run")}, quiet=True)
+    base = deltaw.load_base(str(made.path), dtype="fp32", device=torch.device("cpu"))
+    deltaw.load(base.model, str(run.adapter))
+    parts = find(base.model)
+    assert parts is not None and {parts.of(site.path) for site in adapters(base.model)} == {
+        "vision",
+        "projector",
+        "language",
+    }
+    prompts = [[{"role": "user", "content": [{"type": "image", "path": str(tmp_path / "0.png")}]}], "Hi"]
+    answers = deltaw.generate(base.model, base.tokenizer, prompts, processor=base.processor, max_new_tokens=3)
+    assert len(answers) == 2
