@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltaw.core import plugins
 from deltaw.core.errors import FileError, UseError, did_you_mean
 from deltaw.core.files import read_json
 from deltaw.models import quantize as quantizing
@@ -23,8 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base. `name` is what the user wrote; `max_length` the longest row it was made for; `processor` that of a base
-    which reads images."""
+    """A loaded base. `name` is what the user wrote; `max_length` the longest row it was made for."""
 
     name: str
     model: nn.Module
@@ -136,8 +136,8 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     source = resolve(name)
     transformers = require_transformers()
     try:
+        config = config_of(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        config = transformers.AutoConfig.from_pretrained(source)
     except Exception as error:
         raise unreadable(name, error) from error
     if not len(tokenizer):
@@ -220,11 +220,26 @@ def load_model(name: str, *, dtype: str = "auto", device: torch.device | None = 
 
 def read_config(name: str) -> Any:
     """transformers' configuration of a base."""
-    source, transformers = resolve(name), require_transformers()
+    source = resolve(name)
     try:
-        return transformers.AutoConfig.from_pretrained(source)
+        return config_of(source)
     except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be loaded
         raise unreadable(name, error) from error
+
+
+def config_of(source: str) -> Any:
+    """transformers' configuration of a folder or hub id; it learns our own kinds of models when it meets one."""
+    transformers = require_transformers()
+    record, _ = transformers.PreTrainedConfig.get_config_dict(source)
+    if str(record.get("model_type")).startswith("deltaw_"):
+        know_our_own()
+    return transformers.AutoConfig.from_pretrained(source)
+
+
+def know_our_own() -> None:
+    """Make the models of `deltaw.models.image_text` known to transformers' Auto classes: no trust_remote_code is needed."""
+    require_transformers()
+    plugins.load("deltaw.models.image_text")
 
 
 def outline(name: str) -> Any:
@@ -232,7 +247,7 @@ def outline(name: str) -> Any:
     config, transformers = read_config(name), require_transformers()
     try:
         with torch.device("meta"):
-            return loader(config, require_transformers()).auto.from_config(config)
+            return loader(config, transformers).auto.from_config(config)
     except Exception as error:
         raise unreadable(name, error) from error
 
