@@ -71,7 +71,7 @@ class AdapterTrainer(Trainer):
         self.every, self.score, self.beside = every, score, beside or {}
         self.last_eval: tuple[int, float] | None = None
         self.features = False  # has a batch held more than text (images)?
-        self.kinds = kinds(model, NAME)
+        self.kinds = kinds(model, NAME, trained=True)
         scheduler = get_scheduler(
             "constant_with_warmup" if config.schedule == "constant" else config.schedule,
             optimizer,
