@@ -16,7 +16,14 @@ def base(folder: Path, **text: Any) -> Path:
     """Configuration, weights, tokenizer, processor. text: other sizes of the language model, and `vision` of the tower."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    tower = {**sizes, "num_hidden_layers": 3, "image_size": 16, "patch_size": 4, "projection_dim": 32, **text.pop("vision", {})}
+    tower = {
+        **sizes,
+        "num_hidden_layers": 3,
+        "image_size": 16,
+        "patch_size": 4,
+        "projection_dim": 32,
+        **text.pop("vision", {}),
+    }
     words = {
         **sizes, "vocab_size": 320, "num_hidden_layers": 2, "num_key_value_heads": 2, "max_position_embeddings": 256,
         "pad_token_id": 257, "bos_token_id": 258, "eos_token_id": 256, **text,

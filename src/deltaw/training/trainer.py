@@ -113,6 +113,8 @@ class AdapterTrainer(Trainer):
             penalty = method.penalty(there)
             if penalty is not None:  # once a step, whatever the accumulation
                 loss = loss + penalty.to(loss.device) / self.current_gradient_accumulation_steps
+        if torch.is_grad_enabled() and not loss.requires_grad:  # text alone runs no tower: it has nothing to teach it
+            return loss.detach().requires_grad_()
         return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
