@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = "zero one two three four five six seven eight nine ten".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 SIZE, PATCH, TRAINED_ON = 16, 4, 1300
 
 
@@ -127,13 +127,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def tower(data: Digits, seed: int, steps: int = 350) -> tuple[CLIPModel, float]:
     """CLIP trained on digits and their captions; and the share of test images whose caption it finds."""
     torch.manual_seed(seed)
-    vision = dict(
-        hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=SIZE, patch_size=PATCH,
-    )  # fmt: skip
-    text = dict(
-        vocab_size=16, hidden_size=48, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        max_position_embeddings=4, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+    size = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4}
+    vision = {**size, "num_hidden_layers": 3, "image_size": SIZE, "patch_size": PATCH}
+    places = {"max_position_embeddings": 4, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    text = {**size, "num_hidden_layers": 1, "vocab_size": 16, **places}
     model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=32))
     captions = torch.tensor([[0, 2 + n, 1] for n in range(10)])
     pixels, shown = _pixels(data), torch.from_numpy(data.shown)
