@@ -32,6 +32,7 @@ _WHERE = {
     "TokenRows": "deltaw.methods.token_rows",
     "VeRA": "deltaw.methods.vera",
     "analysis": "deltaw.analysis",
+    "assemble": "deltaw.models.assemble",
     "attach": "deltaw.core.attach",
     "convert": "deltaw.ship.convert",
     "detach": "deltaw.core.attach",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from deltaw.methods.vera import VeRA
     from deltaw.mixing.convert import to_lora
     from deltaw.models.adapters import load, save
+    from deltaw.models.assemble import assemble
     from deltaw.models.base import load_base
     from deltaw.ship.convert import convert
     from deltaw.ship.export import export

@@ -70,7 +70,7 @@ def test_json_files(tmp_path: Path, text: str) -> None:
         ("[1, 2]", "line 2 is a list, not an object"),
         ({"prompt": "a", "completions": "b"}, "the field `completion` is missing"),
         ({"question": "a", "answer": "b"}, "no known form: it has question, answer"),
-        ({**PAIR, "images": ["a.png"]}, "`images` cannot be read yet"),
+        ({**PAIR, "videos": ["a.mp4"]}, "`videos` cannot be read yet"),
         ({"prompt": "a", "chosen": "b"}, "`rejected` of a preference pair is missing"),
         ({**PAIR, "instruction": "a", "output": "b"}, "at once"),
         ({"prompt": 1, "completion": "b"}, "`prompt` is 1: must be text"),

@@ -165,7 +165,7 @@ def test_a_list_of_data_sets(tmp_path: Path) -> None:
         json.dumps(
             {
                 "own": entry,
-                "pictures": {"file_name": "x", "columns": {"images": "i"}},
+                "pictures": {"file_name": "x", "columns": {"videos": "i"}},
                 "sized": {"file_name": "x", "num_samples": 3},
                 "nothing": {},
             }
@@ -175,7 +175,7 @@ def test_a_list_of_data_sets(tmp_path: Path) -> None:
     assert said(read_rows(f"{info}#own").rows[0]) == [("system", "sys"), ("user", "a"), ("assistant", "b")]
     for name, words in {
         "onw": "has no data set 'onw'; did you mean 'own'",
-        "pictures": "'images' cannot be read yet",
+        "pictures": "'videos' cannot be read yet",
         "sized": "num_samples",
         "nothing": "names neither a file_name nor",
     }.items():

@@ -49,8 +49,9 @@ def chat(
             try:
                 with use(base.model, live):
                     said = answer(
-                        base.model, base.tokenizer, [asked], max_new_tokens=max_new_tokens, temperature=temperature
-                    )[0]
+                        base.model, base.tokenizer, [asked], max_new_tokens=max_new_tokens, temperature=temperature,
+                        processor=base.processor,
+                    )[0]  # fmt: skip
             except DeltawError as error:  # the conversation goes on without this turn
                 print(f"error: {error}; /clear starts the conversation anew", file=sys.stderr)
                 continue

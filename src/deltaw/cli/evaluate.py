@@ -63,6 +63,7 @@ def evaluate(
                     max_length=base.max_length,
                     generations=generations,
                     metric=chosen,
+                    processor=base.processor,
                 )
             result[name] = found.to_dict()
     sides = [name for name in ("base", "tuned") if name in result]

@@ -47,5 +47,6 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            processor=base.processor,
         )
     show({"model": base.name, "answers": answers}, as_json, "\n".join(answers))

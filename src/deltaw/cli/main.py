@@ -17,6 +17,7 @@ import typer
 from deltaw.cli import (  # noqa: F401  the verbs
     adapters,
     advise,
+    assemble,
     chat,
     compare,
     convert,

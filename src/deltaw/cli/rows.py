@@ -52,5 +52,9 @@ def write_page(file: Path, base: str, trained: str, data: Any, rows: int) -> Non
 
     shown = data.first(max(rows, 1))
     write_text(
-        file, page(f"A run on {base}", trained, data.report, data.held_out_said, data.checks, shown, data.tokenizer)
-    )
+        file,
+        page(
+            f"A run on {base}", trained, data.report, data.held_out_said, data.checks, shown, data.tokenizer,
+            data.processor,
+        ),
+    )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 
 from deltaw.config.given import Given, Left, explained, said, words
 from deltaw.core.errors import ConfigError
-from deltaw.core.targets import PRESETS
+from deltaw.core.matching import PRESETS
 
 NAMES = {
     "rank": "r", "lora_rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules",

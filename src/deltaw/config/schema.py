@@ -44,6 +44,8 @@ class Source:
     """Configuration of a hub data set."""
     split: str = "train"
     """Split of a hub data set."""
+    images: str | None = None
+    """Folder that the names of images are seen from. Default: that of the file of rows."""
     roles: Mapping[str, str] = field(default_factory=dict)
     """Names that turns use, e.g. {role: speaker, content: said, user: customer, assistant: agent}."""
 

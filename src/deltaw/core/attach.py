@@ -10,7 +10,7 @@ keys, flags and outputs to the bit. Attach after quantising and before sharding.
 `core.place`, what is refused in `core.guards`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,31 +22,34 @@ from deltaw.core.adapter import Adapter
 from deltaw.core.base import by_path, identify, parameters, unwrapped
 from deltaw.core.carried import base_class_of, carried, here, vanished
 from deltaw.core.errors import FileError, UseError, did_you_mean, faults
+from deltaw.core.groups import ByPart
 from deltaw.core.host import host_of
+from deltaw.core.matching import Targets
 from deltaw.core.method import Given, Method, Shapes, Site
 from deltaw.core.place import place, remove
 from deltaw.core.plan import Target, TargetPlan
 from deltaw.core.state import AdapterState, misfit
-from deltaw.core.targets import Targets
 
 
 def attach(
     model: nn.Module,
     method: Method,
     *,
-    targets: Targets,
+    targets: Targets | ByPart,
     name: str = "default",
     exclude: Targets = (),
     layers: str | int | Iterable[int] | None = None,
     batches: Iterable[Any] | None = None,
     weights: Callable[[Site], Tensor] | None = None,
+    given: Mapping[str, Sequence[str]] | None = None,
 ) -> TargetPlan:
     """Attach fresh adapters of `method` to the modules that `targets` names, and make them the trainable ones.
 
     Afterwards exactly the tensors of adapter `name` require a gradient and `name` alone is live. The model's output is
     unchanged to the bit until training moves them (init: loftq apart). Attaching again under the same name adds to it.
 
-    targets: preset, name, pattern or several (see `deltaw.core.targets`); exclude: the same, taken away; layers: "0-3";
+    targets: preset, name, pattern or several, or {part: those} (see `deltaw.core.targets`); exclude: taken away from them;
+    layers: "0-3"; given: parts that the model does not tell itself, {part: paths} (`deltaw.core.parts.find`);
     batches: inputs of the model (each its keyword arguments, or one argument), for methods that start from data;
     weights: site → the weight before it was quantised, for those that start from what was rounded off.
     Returns the plan that was carried out. Raises TargetError, with nothing touched, when a target cannot be adapted.
@@ -54,7 +57,7 @@ def attach(
     model = unwrapped(_module(model))
     if not isinstance(method, Method):
         raise UseError(f"{method!r} is not a method: give one with its options, for example deltaw.LoRA(rank=16)")
-    plan = planning.plan(model, method, targets, exclude=exclude, layers=layers)
+    plan = planning.plan(model, method, targets, exclude=exclude, layers=layers, given=given)
     guards.admit(model, name, {target.site: target.method for target in plan.targets})
     _agree(model, name, method)
     sites = {target.site: (target.method, target.spec) for target in plan.targets}

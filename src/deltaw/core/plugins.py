@@ -17,7 +17,8 @@ import pkgutil
 
 @functools.cache
 def load(group: str) -> None:
-    """Import all modules of the package `group` ("deltaw.methods" or "deltaw.hosts") and all its entry points, once."""
+    """Import all modules of the package `group` ("deltaw.methods", "deltaw.hosts", or another whose modules register
+    themselves) and all its entry points, once."""
     package = importlib.import_module(group)
     for module in pkgutil.iter_modules(package.__path__, prefix=f"{group}."):
         importlib.import_module(module.name)

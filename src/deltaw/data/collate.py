@@ -4,6 +4,9 @@
     packed   short rows share a line, none is cut and none is moved to another batch:
              input_ids, position_ids, labels [G, T], G ≤ B, T the longest row
 
+With images (the base's processor then makes the batch, no row is packed, each row's tokens are seen to be those it was
+encoded with) also pixel_values and whatever else this model takes: token_type_ids, image_grid_thw, pixel_attention_mask …
+
 In a packed line positions start again with every row and no attention mask is passed: transformers then keeps the rows
 apart by their positions. Passing a mask of ones would let them see each other.
 """
@@ -14,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.core.errors import DataError
 from deltaw.data.encode import IGNORE, Encoded
+from deltaw.data.processors import reader
 
 
 def padding(tokenizer: Any) -> int:
@@ -26,10 +31,19 @@ def padding(tokenizer: Any) -> int:
 class Collator:
     """Callable on a list of Encoded. Labels come from spans, so that padding with the stop token is safe."""
 
-    def __init__(self, tokenizer: Any, *, packing: bool = False):
-        self.pad, self.packing = padding(tokenizer), packing
+    def __init__(self, tokenizer: Any, *, packing: bool = False, processor: Any = None):
+        self.pad, self.packing, self.processor = padding(tokenizer), packing, processor
 
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
+        if any(row.images for row in batch):
+            made = with_images(batch, self.processor, "right")
+            width = made["input_ids"].shape[1]
+            labels = [_line([[IGNORE, *row.labels[1:]]], width, IGNORE) for row in batch]
+            return {**made, "labels": torch.tensor(labels)}
+        made = self._texts(batch)
+        return made if self.processor is None else {**made, **zeros(made["input_ids"], self.processor)}
+
+    def _texts(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
         width = max(len(row.ids) for row in batch)
         lines = pack([len(row.ids) for row in batch], width) if self.packing else [[n] for n in range(len(batch))]
         rows = [[batch[number] for number in line] for line in lines]
@@ -51,6 +65,33 @@ class Collator:
             **result,
             "attention_mask": torch.tensor([_line([[1] * len(row.ids) for row in line], width, 0) for line in rows]),
         }
+
+
+def with_images(batch: Sequence[Encoded], processor: Any, side: str) -> dict[str, Tensor]:
+    """What the processor makes of rows, some with images, padded on `side`: all but labels.
+
+    DataError where it reads other tokens than the rows were encoded with.
+    """
+    if processor is None:
+        image = next(image for row in batch for image in row.images)
+        raise DataError(
+            f"the image {str(image)!r} cannot be shown to a model without its processor: give it with the rows"
+        )
+    made = reader(processor).batch([row.text for row in batch], [row.images for row in batch], side)
+    made.pop("labels", None)
+    for row, ids, mask in zip(batch, made["input_ids"], made["attention_mask"], strict=True):
+        read = ids[mask.bool()].tolist()
+        if read != row.ids:
+            raise DataError(
+                f"{type(processor).__name__} reads {row.text[:60]!r} as {len(read)} tokens other than the {len(row.ids)} it "
+                "was encoded with: this processor writes more than what stands for its images, and cannot be trained with here"
+            )
+    return made
+
+
+def zeros(ids: Tensor, processor: Any) -> dict[str, Tensor]:
+    """What a model with a processor takes of texts alone beside ids [B, T]: token types that are all 0."""
+    return {key: torch.zeros_like(ids) for key in reader(processor).beside}
 
 
 def pack(lengths: Sequence[int], width: int) -> list[list[int]]:

@@ -5,9 +5,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 ROLES = ("system", "user", "assistant", "tool")
+IMAGE = "\ufffc"
+"""Where an image stands in the content of a message that has some (Unicode's object replacement character)."""
 
 
 class Call(NamedTuple):
@@ -26,6 +29,8 @@ class Message:
     calls: tuple[Call, ...] = ()
     learn: bool = True
     """False for an assistant's turn that is only context."""
+    images: tuple[Path, ...] = ()
+    """Files of the images that IMAGE stands for in the content, in that order."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,11 @@ class Example:
     """Of a preference pair: the worse last turns; `messages` ends with the better ones."""
     good: bool | None = None
     """Of a judged answer: was it wanted?"""
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """Files of all images, in the order in which they stand."""
+        return tuple(image for message in self.messages for image in message.images)
 
 
 def order(turns: Sequence[Message]) -> list[str]:

@@ -11,8 +11,10 @@ import numpy as np
 
 from deltaw.core.errors import DataError
 from deltaw.data.conversation import Example
-from deltaw.data.encode import Encoded, Policy, encode, stop_token_trained
+from deltaw.data.encode import CONTROL, Encoded, Policy, encode, stop_token_trained
+from deltaw.data.images import look
 from deltaw.data.observed import Observed
+from deltaw.data.processors import reader
 from deltaw.data.rows import Part, Rows, place
 
 PERCENTILES = (50, 90, 99)
@@ -20,7 +22,7 @@ JUDGED = "judged unwanted"
 CURES = {
     "longer than": "raise data.max_length, set data.overflow to cut, or shorten the rows",
     "no token to learn": "raise data.max_length, or give the rows longer answers",
-    "a control token in the text": "take the template's own tokens out of the texts",
+    CONTROL: "take the template's own tokens out of the texts",
     JUDGED: "add rows whose label is true",
 }
 """How the reason for leaving a row out begins → what to do about it."""
@@ -29,10 +31,12 @@ LEARN, EVALUATE = "learn from", "evaluate on"
 
 
 def digest(encoded: Sequence[Encoded]) -> str:
-    """sha256 over tokens and labels of all rows, in order: two runs with the same one learn from the same."""
+    """sha256 over tokens, labels and images of all rows, in order: two runs with the same one learn from the same."""
     total = hashlib.sha256()
     for row in encoded:
         total.update(np.array([len(row.ids), *row.ids, *row.labels], dtype=np.int64).tobytes())
+        for image in row.images:
+            total.update(look(image).digest.encode())
     return f"sha256:{total.hexdigest()}"
 
 
@@ -51,6 +55,11 @@ class DataReport:
     percentiles: Mapping[int, int]
     histogram: Mapping[int, int]
     """Rows by length: {2^k: rows of more than 2^(k−1) and at most 2^k tokens}."""
+    with_images: int = 0
+    """Kept rows that hold images."""
+    images: int = 0
+    image_tokens: int = 0
+    """Of all images: the tokens that stand for their parts."""
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in self.dropped.items())
@@ -63,25 +72,35 @@ class DataReport:
             f"rows     {self.rows:,}, kept {self.rows - lost:,}, dropped {lost:,}{f' ({reasons})' if reasons else ''}"
             + (f", cut {self.cut:,}" if self.cut else ""),
             *([f"pieces   {self.kept:,} of the texts"] if self.kept > self.rows else []),
+            *([f"images   {self.pictured}"] if self.images else []),
             f"tokens   {self.total_tokens:,}, supervised {self.supervised_tokens:,} ({share:.0%})",
             f"lengths  {lengths}, longest {self.longest:,}",
             f"         {spread}",
         ]
         return "\n".join(lines)
 
+    @property
+    def pictured(self) -> str:
+        """What is said of the images."""
+        each, rest = divmod(self.image_tokens, max(1, self.images))
+        return (
+            f"{self.images:,} in {self.with_images:,} of {self.kept:,} rows, {self.image_tokens:,} tokens "
+            f"({'about ' if rest else ''}{each:,} an image)"
+        )
+
 
 def encode_rows(
     rows: Rows, tokenizer: Any, policy: Policy, *, objective: str = "sft", pairs: str | None = None,
-    seen: Observed | None = None, purpose: str = LEARN,
+    seen: Observed | None = None, purpose: str = LEARN, processor: Any = None,
 ) -> tuple[list[Encoded], DataReport]:  # fmt: skip
     """Every row that can be learnt from, in order, and the report. DataError where none is left.
 
     objective: sft learns answers, text learns raw texts; rows of the other kind are refused. pairs="chosen" learns the
     better answers of preference rows and the wanted ones of judged rows, which are refused without it. seen: is shown
-    every row that is kept. purpose: of the rows, for messages.
+    every row that is kept. purpose: of the rows, for messages. processor: that of a base which reads images.
     """
     fitting({part.form for part in rows.parts} or {rows.form}, rows.source, objective, pairs)
-    encoder = Encoder(tokenizer, policy, objective, seen)
+    encoder = Encoder(tokenizer, policy, objective, seen, processor)
     encoded = [piece for row in rows.rows for piece in encoder.add(row)]
     return encoded, encoder.report(rows.parts, rows.source, purpose)
 
@@ -89,13 +108,23 @@ def encode_rows(
 class Encoder:
     """Encodes rows one by one and keeps the account of them."""
 
-    def __init__(self, tokenizer: Any, policy: Policy, objective: str = "sft", seen: Observed | None = None):
-        self.tokenizer, self.policy, self.seen = tokenizer, policy, seen
+    def __init__(
+        self,
+        tokenizer: Any,
+        policy: Policy,
+        objective: str = "sft",
+        seen: Observed | None = None,
+        processor: Any = None,
+    ):
+        self.tokenizer, self.policy, self.seen, self.processor = tokenizer, policy, seen, processor
         if tokenizer.chat_template and objective == "sft":
-            stop_token_trained(tokenizer)  # a template that never stops is one fault of the base, not one of each row
+            stop_token_trained(
+                tokenizer, processor
+            )  # a template that never stops is one fault of the base, not one of each row
         self._lengths, self._learnt = array("q"), array("q")
         self._dropped: Counter[str] = Counter()
         self._rows = self._kept = self._cut = self._tokens = self._supervised = 0
+        self._with_images = self._images = self._image_tokens = 0
 
     def add(self, row: Example) -> list[Encoded]:
         """The tokens of a row: nothing where it is left out, several pieces of a text."""
@@ -103,7 +132,7 @@ class Encoder:
         if row.good is False:
             self._dropped[JUDGED] += 1
             return []
-        result = encode(row, self.tokenizer, self.policy)
+        result = encode(row, self.tokenizer, self.policy, self.processor)
         if not isinstance(result, list):
             self._dropped[result.reason] += 1
             self._lengths.append(result.length)
@@ -114,6 +143,11 @@ class Encoder:
             self._cut += piece.cut > 0
             self._tokens += len(piece.ids)
             self._supervised += piece.supervised
+            if piece.images:
+                read = reader(self.processor)
+                self._with_images += 1
+                self._images += len(piece.images)
+                self._image_tokens += piece.ids.count(read.placeholder(piece.images[0], self.tokenizer))
         self._kept += len(result)
         if self.seen is not None:
             self.seen.add(row, result)
@@ -143,6 +177,9 @@ class Encoder:
             longest=max(lengths),
             percentiles=_percentiles(self._learnt),
             histogram=dict(sorted(Counter(1 << max(length - 1, 0).bit_length() for length in lengths).items())),
+            with_images=self._with_images,
+            images=self._images,
+            image_tokens=self._image_tokens,
         )
 
 

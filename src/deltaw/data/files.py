@@ -13,7 +13,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Record:
     fields: Mapping[str, Any]
     line: int
     where: str
+    file: Path | None = None
+    """None for a row of a hub id."""
 
 
 def data_files(paths: Sequence[str | Path]) -> list[Path]:
@@ -75,7 +77,8 @@ def records(path: Path, lines: bool = False) -> Iterator[Record | str]:
 
     lines: each line of a .txt file is a record, not the whole of it.
     """
-    yield from _parquet(path) if path.suffix == ".parquet" else _file(path, lines)
+    for one in _parquet(path) if path.suffix == ".parquet" else _file(path, lines):
+        yield one if isinstance(one, str) else replace(one, file=path)
 
 
 def matched(record: Record, pattern: str) -> Record | str:
@@ -87,7 +90,7 @@ def matched(record: Record, pattern: str) -> Record | str:
     if match is None:
         return f"{record.where} does not match data.pattern: {text[:60]!r}"
     rest = {key: value for key, value in record.fields.items() if key != "text"}
-    return Record({**rest, **match.groupdict()}, record.line, record.where)
+    return replace(record, fields={**rest, **match.groupdict()})
 
 
 def _file(path: Path, lines: bool) -> Iterator[Record | str]:

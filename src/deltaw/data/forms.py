@@ -7,16 +7,20 @@ alpaca              {"instruction": "…", "input": "…", "output": "…", "sys
 text                {"text": "…"}
 preference          prompt, messages or conversations, with chosen and rejected beside them
 judged              prompt-completion, messages or conversations, with "label": true or false
+caption             {"text": "…"} beside an image: what is said of it
+
+All but text may have images: in the turns, or beside them (`deltaw.data.images`).
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from deltaw.core.errors import meant_to_be
+from deltaw.data import images
 from deltaw.data.conversation import Example, Message, half_character, order
 from deltaw.data.turns import Unreadable, message, messages, shown, tools
 
-Form = Literal["prompt-completion", "messages", "sharegpt", "alpaca", "text", "preference", "judged"]
+Form = Literal["prompt-completion", "messages", "sharegpt", "alpaca", "text", "preference", "judged", "caption"]
 
 NEEDED: dict[Form, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -37,8 +41,10 @@ BESIDE: dict[Form, tuple[str, ...]] = {
 READ = {form: {*keys, *BESIDE[form]} for form, keys in NEEDED.items()}
 TALKS = READ["messages"] | READ["sharegpt"] | READ["prompt-completion"]
 READ |= {"judged": TALKS | {"label"}, "preference": TALKS | READ["alpaca"] | {"chosen", "rejected"}}
+READ = {form: names if form == "text" else {*names, *images.FIELDS} for form, names in READ.items()}
+READ["caption"] = {"text", *images.FIELDS}
 EXPECTED = "prompt + completion, messages, conversations, instruction + output, or text"
-MEDIA = ("images", "image", "videos", "audios")
+MEDIA = ("videos", "audios")
 
 
 def detect(row: Mapping[str, Any]) -> tuple[Form | None, str]:
@@ -53,6 +59,8 @@ def detect(row: Mapping[str, Any]) -> tuple[Form | None, str]:
     whole = [form for form in whole if form != "text"] or whole  # a text beside a whole row is a note on it
     if len(whole) > 1:
         return None, f"it is {' and '.join(whole)} at once: keep the fields of one form, or map them with data.columns"
+    if whole == ["text"] and images.held(row):
+        return "caption", ""
     if whole:
         judged = isinstance(row.get("label"), bool) and whole[0] not in ("alpaca", "text")
         return ("judged" if judged else whole[0]), ""
@@ -74,7 +82,10 @@ def unread(form: Form, row: Mapping[str, Any]) -> set[str]:
 
 
 def example(form: Form, row: Mapping[str, Any], line: int, where: str) -> tuple[Example, list[str]]:
-    """The row as an Example, and what is wrong with it."""
+    """The row as an Example, and what is wrong with it; images beside it have no place yet."""
+    if form == "caption":
+        turns, found = _texts({**row, "prompt": ""}, [("user", "prompt"), ("assistant", "text")])
+        return Example(tuple(turns), line, where, completion=True), found or order(turns)
     if form == "text":
         text, found = row["text"], []
         if not isinstance(text, str) or not text.strip():

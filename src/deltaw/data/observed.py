@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from deltaw.data.characters import Characters
-from deltaw.data.conversation import Example, Message
+from deltaw.data.conversation import IMAGE, Example, Message
 from deltaw.data.encode import Encoded, Policy
+from deltaw.data.images import look
 
 
 class Observed:
@@ -31,7 +32,7 @@ class Observed:
         if row is self._last:  # a source's `weight` repeats rows on purpose
             return
         self._last = row
-        self._digests.extend(hash(tuple(piece.ids)) for piece in pieces)
+        self._digests.extend(hash((*piece.ids, *(look(image).digest for image in piece.images))) for piece in pieces)
         stop = next((label for label in reversed(pieces[-1].labels) if label in self._stops), None)
         if stop is None:
             self.endless += 1
@@ -66,5 +67,6 @@ def _texts(row: Example, policy: Policy) -> tuple[str, str]:
 
 
 def _text(message: Message) -> str:
-    said = (message.reasoning, message.content, *(text for call in message.calls for text in call))
+    content = message.content.replace(IMAGE, "") if message.images else message.content
+    said = (message.reasoning, content, *(text for call in message.calls for text in call))
     return " ".join(text for text in said if text)

@@ -27,6 +27,7 @@ def page(
     checks: Sequence[Check],
     rows: Iterable[Encoded],
     tokenizer: Any,
+    processor: Any = None,
 ) -> str:
     """The page. plan: what is trained, as text; held_out: a line on the rows that are held out."""
     lost = sum(report.dropped.values())
@@ -36,6 +37,7 @@ def page(
         "dropped": f"{lost:,}", **{f"dropped: {reason}": f"{count:,}" for reason, count in report.dropped.items()},
         "cut": f"{report.cut:,}", "held out": held_out.removeprefix("held out "),
         "tokens": f"{report.total_tokens:,}", "tokens that are learnt": f"{report.supervised_tokens:,}",
+        **({"images": report.pictured} if report.images else {}),
         "longest": f"{report.longest:,} tokens",
         **{f"length at {percent} %": f"{length:,} tokens" for percent, length in report.percentiles.items()},
     }  # fmt: skip
@@ -48,7 +50,7 @@ def page(
         "<h2>Lengths</h2>", _bars(report.histogram),
         '<h2>Rows as the model sees them</h2><p>On green: what is learnt. Violet: special tokens. Every token begins '
         "with a line; its number is under the mouse.</p>",
-        *(_row(row, tokenizer, special) for row in rows),
+        *(_row(row, tokenizer, special, processor) for row in rows),
         "<h2>What is trained</h2>", f"<pre>{html.escape(plan)}</pre>",
     ], "plan", OWN_STYLE)  # fmt: skip
 
@@ -72,8 +74,11 @@ def _bars(histogram: Mapping[int, int]) -> str:
     return f'<table class="bars">{"".join(lines)}</table>'
 
 
-def _row(row: Encoded, tokenizer: Any, special: set[int]) -> str:
-    shown = list(pieces(row, tokenizer)) if len(row.ids) <= MOST else [*_ends(row, tokenizer)]
+def _row(row: Encoded, tokenizer: Any, special: set[int], processor: Any) -> str:
+    whole = list(pieces(row, tokenizer, processor)) if row.images else []
+    if not whole or len(whole) > MOST:
+        whole = list(pieces(row, tokenizer)) if len(row.ids) <= MOST else [*_ends(row, tokenizer)]
+    shown = whole
     parts = [part if isinstance(part, str) else _piece(part, tokenizer, special) for part in shown]
     before = f"<p>{row.cut:,} tokens were cut away before:</p>" if row.cut else ""
     return f'{before}<div class="row">{"".join(parts)}</div>'

@@ -18,6 +18,7 @@ from deltaw.data.dataset import JUDGED, DataReport, cure
 from deltaw.data.encode import IGNORE, Encoded
 from deltaw.data.forms import READ
 from deltaw.data.observed import Observed
+from deltaw.data.processors import reader
 from deltaw.data.stream import Side
 
 MUCH = 0.05
@@ -35,7 +36,7 @@ class Check:
     fix: str = ""
 
 
-def checks(train: Side, held_out: Side | None, tokenizer: Any) -> tuple[Check, ...]:
+def checks(train: Side, held_out: Side | None, tokenizer: Any, processor: Any = None) -> tuple[Check, ...]:
     """All of them, in the order in which they are shown."""
     seen = train.seen
     assert seen is not None
@@ -50,6 +51,7 @@ def checks(train: Side, held_out: Side | None, tokenizer: Any) -> tuple[Check, .
         repeated(seen),
         apart(seen, held_out),
         characters(train, held_out),
+        *([images(train, tokenizer, processor)] if train.report.images else []),
     )
 
 
@@ -111,7 +113,10 @@ def stop_token(seen: Observed, tokenizer: Any) -> Check:
 
 def padding(row: Encoded, tokenizer: Any) -> Check:
     """Padding a row, also with its own stop token, must leave what it learns: seen on a batch that pads it."""
-    longer = Encoded(row.ids * 2, row.labels * 2)
+    row, longer = (
+        Encoded(row.ids, row.labels),
+        Encoded(row.ids * 2, row.labels * 2),
+    )  # images have nothing to do with it
     labels = Collator(tokenizer)([row, longer])["labels"][0].tolist()
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     if labels != [IGNORE, *row.labels[1:], *[IGNORE] * len(row.ids)]:
@@ -196,6 +201,21 @@ def characters(train: Side, held_out: Side | None) -> Check:
         if other.verdict != "fine":
             return dataclasses.replace(other, verdict="warning", found=f"of the held-out rows, {other.found}")
     return found
+
+
+def images(train: Side, tokenizer: Any, processor: Any) -> Check:
+    """Does the processor, which will make the batches, read a row as it was encoded, and is no part of an image learnt?"""
+    report = train.report
+    row = next(row for row in train.encoded if row.images)
+    part = reader(processor).placeholder(row.images[0], tokenizer)
+    try:
+        learnt = int((Collator(tokenizer, processor=processor)([row])["labels"] == part).sum())
+    except DataError as error:
+        return Check("images", "fatal", str(error), "choose another base, or another template")
+    if learnt:
+        return Check("images", "fatal", f"{learnt:,} tokens of images are learnt", "take them out of the labels")
+    share = report.image_tokens / max(1, report.total_tokens)
+    return Check("images", "fine", f"{report.pictured}, {share:.0%} of all; none of them is learnt")
 
 
 def given_back(seen: Characters) -> Check:

@@ -3,6 +3,8 @@
 preview    text, with every supervised span between ⟦ and ⟧
 coloured   text for a terminal, with every supervised span on a colour
 pieces     the tokens one by one, for a page
+
+The tokens that stand for an image are one mark, ⟨image×576⟩.
 """
 
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from deltaw.data.encode import IGNORE, Encoded
+from deltaw.data.processors import reader
 
 OPEN, CLOSE = "⟦", "⟧"
 LEARNT = "black on green"
@@ -22,14 +25,14 @@ CONTROLS = {number: 0x2400 + number for number in range(32) if chr(number) not i
 """A row must not steer the terminal."""
 
 
-def preview(encoded: Encoded, tokenizer: Any) -> str:
+def preview(encoded: Encoded, tokenizer: Any, processor: Any = None) -> str:
     """The text of a row, special tokens too, with every supervised span between ⟦ and ⟧."""
-    return "".join(f"{OPEN}{text}{CLOSE}" if learnt else text for learnt, text in _spans(encoded, tokenizer))
+    return "".join(f"{OPEN}{text}{CLOSE}" if learnt else text for learnt, text in _spans(encoded, tokenizer, processor))
 
 
-def coloured(encoded: Encoded, tokenizer: Any) -> Text:
+def coloured(encoded: Encoded, tokenizer: Any, processor: Any = None) -> Text:
     """The same text with every supervised span on a colour instead."""
-    spans = _spans(encoded, tokenizer)
+    spans = _spans(encoded, tokenizer, processor)
     return Text.assemble(*((text.translate(CONTROLS), LEARNT if learnt else "") for learnt, text in spans))
 
 
@@ -38,9 +41,21 @@ def shows_colours(console: Console) -> bool:
     return console.file.isatty() and console.color_system is not None and not console.no_color
 
 
-def _spans(encoded: Encoded, tokenizer: Any) -> Iterator[tuple[bool, str]]:
+def _spans(encoded: Encoded, tokenizer: Any, processor: Any) -> Iterator[tuple[bool, str]]:
+    image = _image(encoded, tokenizer, processor)
     for learnt, run in groupby(zip(encoded.ids, encoded.labels, strict=True), key=lambda pair: pair[1] != IGNORE):
-        yield learnt, _text([number for number, _ in run], tokenizer)
+        parts = groupby((number for number, _ in run), key=lambda number: number == image)
+        yield learnt, "".join(_shown(list(part), is_image, tokenizer) for is_image, part in parts)
+
+
+def _image(encoded: Encoded, tokenizer: Any, processor: Any) -> int | None:
+    """The token that stands for a part of an image, in a row that has some."""
+    there = encoded.images and processor is not None
+    return reader(processor).placeholder(encoded.images[0], tokenizer) if there else None
+
+
+def _shown(ids: list[int], image: bool, tokenizer: Any) -> str:
+    return f"⟨image×{len(ids)}⟩" if image else _text(ids, tokenizer)
 
 
 class Piece(NamedTuple):
@@ -51,11 +66,17 @@ class Piece(NamedTuple):
     learnt: bool
 
 
-def pieces(encoded: Encoded, tokenizer: Any) -> Iterator[Piece]:
+def pieces(encoded: Encoded, tokenizer: Any, processor: Any = None) -> Iterator[Piece]:
     """The tokens of a row in order. Each is read after the one before it: some tokenizers leave out a first space."""
     ids, learnt = encoded.ids, [label != IGNORE for label in encoded.labels]
+    image = _image(encoded, tokenizer, processor)
     before = start = 0
     for end in range(1, len(ids) + 1):
+        if ids[start] == image:
+            if end == len(ids) or ids[end] != image:
+                yield Piece(ids[start:end], _shown(ids[start:end], True, tokenizer), learnt[start])
+                before = start = end
+            continue
         text = _text(ids[before:end], tokenizer).removeprefix(_text(ids[before:start], tokenizer))
         whole = not text.endswith("\ufffd") or end - start == MOST_IDS
         if whole or end == len(ids) or learnt[end] != learnt[start]:

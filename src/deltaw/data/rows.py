@@ -7,10 +7,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from deltaw.config.schema import Source
 from deltaw.core.errors import DataError, faults
-from deltaw.data import sources
+from deltaw.data import images, sources
 from deltaw.data.conversation import Example
 from deltaw.data.forms import Form, detect, example, unread
 from deltaw.data.sources import Given
@@ -108,6 +109,9 @@ def examples(
         if left is not None:
             left |= unread(here, record.fields) - inside
         row, wrong = example(here, record.fields, record.line, record.where)
+        if not wrong:
+            beside = record.file.parent if record.file is not None else None
+            row, wrong = images.placed(row, record.fields, beside if source.images is None else Path(source.images))
         yield from (f"{record.where}: {fault}" for fault in wrong)
         yield here, row
 
@@ -117,5 +121,7 @@ def place(row: Example, salt: str = "") -> float:
     turns = [[m.role, m.content, m.reasoning, *([c.name, c.arguments] for c in m.calls)] for m in row.messages]
     if not any(m.reasoning or m.calls for m in row.messages):
         turns = [[m.role, m.content] for m in row.messages]
+    if row.images:
+        turns.append([images.look(image).digest for image in row.images])
     text = json.dumps(turns if row.text is None else row.text)
     return int.from_bytes(hashlib.sha256(f"{salt}{text}".encode()).digest()[:8], "big") / 2**64

@@ -18,8 +18,11 @@ from typing import Any
 
 from deltaw.config.schema import Source
 from deltaw.core.errors import DataError, did_you_mean
+from deltaw.data import images
 from deltaw.data.files import SUFFIXES, Record, data_files, loaded, matched, records
 
+METADATA = "metadata"
+"""Name of the file in a folder of images that says something of each."""
 HUB = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 
@@ -39,7 +42,7 @@ def read(source: Source, streaming: bool = False) -> Iterator[Record | str]:
     streaming: of a hub id fetch no more than what is read.
     """
     for record in itertools.islice(_records(source, streaming), source.rows):
-        found = record if isinstance(record, str) else _renamed(record, source)
+        found = record if isinstance(record, str) else _renamed(_of_folder(record), source)
         if source.pattern is not None and isinstance(found, Record):
             found = matched(found, source.pattern)
         yield found
@@ -58,6 +61,15 @@ def _records(source: Source, streaming: bool) -> Iterator[Record | str]:
         return
     for file in data_files([path]):
         yield from records(file, lines=source.pattern is not None)
+
+
+def _of_folder(record: Record) -> Record:
+    """A row of a folder of images, whose `file_name` in metadata.jsonl (or .csv) is its image."""
+    key = next((key for key in ("file_name", "file_names") if record.fields.get(key)), None)
+    if key is None or record.file is None or record.file.stem != METADATA or images.held(record.fields):
+        return record
+    rest = {name: value for name, value in record.fields.items() if name != key}
+    return replace(record, fields={**rest, "images": record.fields[key]})
 
 
 def _renamed(record: Record, source: Source) -> Record | str:
@@ -108,6 +120,7 @@ TAGS = {
 COLUMNS = {
     "prompt": "instruction", "query": "input", "response": "output", "history": "history", "messages": "messages",
     "system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected", "kto_tag": "label",
+    "images": "images",
 }  # fmt: skip
 """Keys of dataset_info.json → ours. Format facts: LLaMA-Factory's data/README.md, version 0.9.6."""
 KNOWN = {

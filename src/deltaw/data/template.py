@@ -8,12 +8,16 @@ Tools stand in the system turn, one JSON object a line.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from deltaw.core.errors import ConfigError, did_you_mean
-from deltaw.data.conversation import Message
+from deltaw.data.conversation import IMAGE, Message
+
+
+class Unfit(Exception):
+    """What the template writes cannot be used; the message is the reason."""
 
 
 def build(opening: str, closing: str) -> str:
@@ -64,11 +68,11 @@ def template(given: str) -> str:
         ) from None
 
 
-def as_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates and `generate` take them."""
+def as_chat(messages: Sequence[Message], content: Callable[[Message], Any] | None = None) -> list[dict[str, Any]]:
+    """Messages as chat templates and `generate` take them. content: a message → its content; the text by default."""
     result = []
     for m in messages:
-        turn: dict[str, Any] = {"role": m.role, "content": m.content}
+        turn: dict[str, Any] = {"role": m.role, "content": m.content if content is None else content(m)}
         if m.reasoning:
             turn["reasoning_content"] = m.reasoning
         if m.calls:
@@ -80,10 +84,16 @@ def as_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return result
 
 
-def render(messages: Sequence[Message], tokenizer: Any, tools: Sequence[str] = (), answer: bool = False) -> str:
-    """The text of a conversation through the tokenizer's template; with `answer` up to where the answer begins."""
+def render(
+    messages: Sequence[Message], tokenizer: Any, tools: Sequence[str] = (), answer: bool = False,
+    content: Callable[[Message], Any] | None = None,
+) -> str:  # fmt: skip
+    """The text of a conversation through the tokenizer's template; with `answer` up to where the answer begins.
+
+    content: as `as_chat` takes it.
+    """
     return tokenizer.apply_chat_template(
-        as_chat(messages),
+        as_chat(messages, content),
         tools=[json.loads(tool) for tool in tools] or None,
         tokenize=False,
         add_generation_prompt=answer,
@@ -93,7 +103,8 @@ def render(messages: Sequence[Message], tokenizer: Any, tools: Sequence[str] = (
 def unwritten(messages: Sequence[Message], tools: Sequence[str], text: str) -> str | None:
     """What of a conversation its rendered text leaves out, or None: a template that drops calls drops them silently."""
     for number, m in enumerate(messages, 1):
-        if m.content.strip() not in text:
+        said = m.content.split(IMAGE) if m.images else [m.content]
+        if any(part.strip() not in text for part in said):
             return f"the content of message {number}, the {m.role}'s"
         if any(call.name not in text for call in m.calls):
             return f"the tool call of message {number}"

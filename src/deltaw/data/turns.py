@@ -3,14 +3,17 @@
 {"role": "assistant", "content": "…", "reasoning_content": "…", "tool_calls": […]}          OpenAI and its followers
 {"from": "gpt", "value": "…"}   also human, function_call, observation                     ShareGPT
 {"role": "assistant", "content": [{"type": "reasoning", "value": "…"}, {"type": "text", …}]}   typed parts
+{"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", …}]}            with images
 """
 
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from deltaw.core.errors import did_you_mean, meant_to_be
-from deltaw.data.conversation import ROLES, Call, Message
+from deltaw.data.conversation import IMAGE, ROLES, Call, Message
 
 NAMES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
@@ -19,6 +22,11 @@ NAMES = {
     "function_call": "call", "tool_call": "call",
 }  # fmt: skip
 """What a role is called in files → what it is here; `call` is an assistant's turn whose content is the call itself."""
+
+MARK = "<image>"
+"""What stands in texts where an image is meant that is named beside them."""
+NEXT = Path(MARK)
+"""In the place of a file: the next one of those that the row names beside its turns."""
 
 
 class Unreadable(ValueError):
@@ -55,13 +63,13 @@ def message(turn: Any) -> Message:
         )
     if role == "call":
         return Message("assistant", "", calls=_calls(content), learn=_learn(turn))
-    text, reasoning, calls = _parts(content)
+    text, reasoning, calls, images = _parts(content)
     for key in ("reasoning_content", "reasoning", "thinking"):
         reasoning = reasoning or _text(turn.get(key) or "", key)
     calls += _calls(turn.get("tool_calls") or [])
     if (calls or reasoning) and role != "assistant":
         raise Unreadable(f"is the {role}'s and {'calls a tool' if calls else 'reasons'}: only the assistant does that")
-    return Message(role, text, reasoning, calls, _learn(turn))
+    return Message(role, text, reasoning, calls, _learn(turn), images)
 
 
 def tools(given: Any) -> tuple[tuple[str, ...], list[str]]:
@@ -79,13 +87,13 @@ def tools(given: Any) -> tuple[tuple[str, ...], list[str]]:
     return tuple(json.dumps(tool, ensure_ascii=False) for tool in whole), []
 
 
-def _parts(content: Any) -> tuple[str, str, tuple[Call, ...]]:
-    """Content, plain or in typed parts → text, reasoning, calls."""
+def _parts(content: Any) -> tuple[str, str, tuple[Call, ...], tuple[Path, ...]]:
+    """Content, plain or in typed parts → text, reasoning, calls, images."""
     if isinstance(content, str) or content is None:
-        return content or "", "", ()
+        return content or "", "", (), ()
     if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
         raise Unreadable(f"has the content {shown(content)}: must be text, or a list of typed parts")
-    texts, thoughts, calls = [], [], ()
+    texts, thoughts, calls, images = [], [], (), []
     for part in content:
         kind = part.get("type")
         value = part.get("value", part.get("text", part.get(str(kind))))
@@ -95,11 +103,37 @@ def _parts(content: Any) -> tuple[str, str, tuple[Call, ...]]:
             thoughts.append(_text(value, kind))
         elif kind in ("tool_call", "function_call"):
             calls += _calls(value)
+        elif kind in ("image", "image_url"):
+            images.append(_image(part))
+            texts.append(IMAGE)
         else:
             raise Unreadable(
-                f"has a part of type {kind!r}, which cannot be read yet: text, reasoning and tool_call can"
+                f"has a part of type {kind!r}, which cannot be read yet: text, image, reasoning and tool_call can"
             )
-    return "".join(texts), "".join(thoughts), calls
+    return "".join(texts), "".join(thoughts), calls, tuple(images)
+
+
+def _image(part: Mapping[str, Any]) -> Path:
+    """The file of a part that is an image; NEXT where it names none."""
+    given = next((part[key] for key in ("image", "path", "url", "image_url", "base64", "value") if part.get(key)), None)
+    given = given.get("url") if isinstance(given, Mapping) and "url" in given else given
+    try:
+        return NEXT if given is None else Path(image_name(given))
+    except Unreadable as error:
+        raise Unreadable(f"has an image that {error}") from None
+
+
+def image_name(given: Any) -> str:
+    """The name of a file, as rows give it. Unreadable for what is none."""
+    if isinstance(given, Mapping) and not given.get("bytes"):
+        given = given.get("path")
+    if not isinstance(given, str) or not given:
+        raise Unreadable(f"is {shown(given)}: must be the name of a file, images inside a table are not read")
+    if given.startswith("data:"):
+        raise Unreadable("is written out in the row (data:…): save it as a file and give its name")
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.\-]*://", given):
+        raise Unreadable(f"is an address ({given[:60]}): images are not fetched, save it as a file and give its name")
+    return given
 
 
 def _calls(given: Any) -> tuple[Call, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltaw.core import plugins
 from deltaw.core.errors import FileError, UseError, did_you_mean
 from deltaw.core.files import read_json
 from deltaw.models import quantize as quantizing
@@ -21,12 +22,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base. `name` is what the user wrote; `max_length` the longest row it was made for."""
+    """A loaded base. `name` is what the user wrote; `max_length` the longest row it was made for; `processor` that of a base
+    which reads images."""
 
     name: str
     model: nn.Module
     tokenizer: Any
     max_length: int
+    processor: Any = None
 
 
 def resolve(name: str) -> str:
@@ -131,8 +134,8 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     source = resolve(name)
     transformers = require_transformers()
     try:
+        config = config_of(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        config = transformers.AutoConfig.from_pretrained(source)
     except Exception as error:
         raise unreadable(name, error) from error
     if not len(tokenizer):
@@ -142,6 +145,17 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # labels come from spans, so that padding as eos is safe
     return tokenizer, limit_of(config)
+
+
+def load_processor(name: str) -> Any | None:
+    """The processor of a base that reads images, else None; no weight is read. FileError where it cannot be loaded."""
+    transformers = require_transformers()
+    if type(read_config(name)) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return None
+    try:
+        return transformers.AutoProcessor.from_pretrained(resolve(name))
+    except Exception as error:
+        raise unreadable(name, error) from error
 
 
 def limit_of(config: Any) -> int | None:
@@ -179,9 +193,24 @@ def load_base(name: str, *, dtype: str = "auto", device: torch.device | None = N
 def read_config(name: str) -> Any:
     """transformers' configuration of a base."""
     try:
-        return require_transformers().AutoConfig.from_pretrained(resolve(name))
+        return config_of(resolve(name))
     except Exception as error:  # whatever a foreign folder raises, it is one thing: a base that cannot be loaded
         raise unreadable(name, error) from error
+
+
+def config_of(source: str) -> Any:
+    """transformers' configuration of a folder or hub id; it learns our own kinds of models when it meets one."""
+    transformers = require_transformers()
+    record, _ = transformers.PreTrainedConfig.get_config_dict(source)
+    if str(record.get("model_type")).startswith("deltaw_"):
+        know_our_own()
+    return transformers.AutoConfig.from_pretrained(source)
+
+
+def know_our_own() -> None:
+    """Make the models of `deltaw.models.image_text` known to transformers' Auto classes: no trust_remote_code is needed."""
+    require_transformers()
+    plugins.load("deltaw.models.image_text")
 
 
 def outline(name: str) -> Any:

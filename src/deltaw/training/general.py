@@ -25,12 +25,13 @@ TOKENS = 1 << 16
 HALF = 0.5
 
 
-def general_rows(sources: Sequence[Source], tokenizer: Any, max_length: int) -> list[Encoded]:
+def general_rows(sources: Sequence[Source], tokenizer: Any, max_length: int, processor: Any = None) -> list[Encoded]:
     """The first rows of data.general, up to TOKENS tokens of them, read as the base reads them."""
     kept, tokens = list[Encoded](), 0
     for source in sources:
         rows = read_rows(source)
-        encoder = Encoder(tokenizer, Policy(max_length), "text" if rows.form == "text" else "sft")
+        objective = "text" if rows.form == "text" else "sft"
+        encoder = Encoder(tokenizer, Policy(max_length), objective, processor=processor)
         for piece in (piece for row in rows.rows for piece in encoder.add(row)):
             if tokens >= TOKENS:
                 return kept
@@ -64,12 +65,12 @@ class General:
             self._measure(step, HALF)
 
     def _measure(self, step: int, strength: float) -> float:
-        model, tokenizer = self.base.model, self.base.tokenizer
+        model, tokenizer, processor = self.base.model, self.base.tokenizer, self.base.processor
         tokens = sum(row.supervised for row in self.rows)
         with use(model, {self.name: strength} if strength else {}):
-            loss = held_out_loss(model, tokenizer, self.rows, self.size)
+            loss = held_out_loss(model, tokenizer, self.rows, self.size, processor)
             found = {"strength": strength, "loss": loss, "tokens": tokens}
             if 0 < strength < 1 and self.held_out:
-                found["held_out"] = held_out_loss(model, tokenizer, self.held_out, self.size)
+                found["held_out"] = held_out_loss(model, tokenizer, self.held_out, self.size, processor)
         self.run.log("general", step=step, **found)
         return loss

@@ -14,18 +14,19 @@ from rich.console import Console
 from rich.text import Text
 
 from deltaw.config.schema import Config, DataConfig, Source
-from deltaw.core.errors import ConfigError, FileError
+from deltaw.core.errors import ConfigError, DataError, FileError
 from deltaw.data.dataset import EVALUATE, LEARN, DataReport, Encoder, encode_rows, split
 from deltaw.data.encode import Encoded, Policy
 from deltaw.data.kept import Kept, Tokens, add_tokens, read_kept
 from deltaw.data.observed import Observed
 from deltaw.data.preflight import Check, checks, refuse
 from deltaw.data.preview import LEARNT, coloured, preview, shows_colours
+from deltaw.data.processors import fitting, tokenizer_of
 from deltaw.data.rows import Rows, read_rows
 from deltaw.data.sources import named
 from deltaw.data.stream import Side, stream
 from deltaw.data.template import template
-from deltaw.models.base import DEFAULT_LENGTH, load_tokenizer
+from deltaw.models.base import DEFAULT_LENGTH, load_processor, load_tokenizer, read_config
 from deltaw.training.general import general_rows
 
 
@@ -47,6 +48,8 @@ class Prepared:
     checks: tuple[Check, ...]
     general: Sequence[Encoded] = ()
     """What forgetting is measured on."""
+    processor: Any = None
+    """Of a base that reads images."""
 
     @property
     def remarks(self) -> list[str]:
@@ -74,7 +77,7 @@ class Prepared:
 
     def previews(self, count: int, most: int = 2000) -> list[str]:
         """The text of the first rows with what they learn between ⟦ and ⟧; long ones lose their middle."""
-        texts = [preview(row, self.tokenizer).rstrip("\n") for row in self.first(count)]
+        texts = [preview(row, self.tokenizer, self.processor).rstrip("\n") for row in self.first(count)]
         return [text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}" for text in texts]
 
     def shown(self, count: int = 1, most: int = 600) -> str:
@@ -86,7 +89,7 @@ class Prepared:
         """The same for a terminal with colours."""
         parts = []
         for row in self.first(count):
-            text = coloured(row, self.tokenizer)
+            text = coloured(row, self.tokenizer, self.processor)
             text.rstrip()
             text = text if len(text) <= most else Text(" … ").join([text[: most // 2], text[-(most // 2) :]])
             parts.append(Text("\n").join(Text("  ").append(line) for line in text.split("\n", allow_blank=True)))
@@ -131,30 +134,51 @@ def prepare(config: Config, given: Kept | None = None) -> Prepared:
     given = brought(config) if given is None else given
     sides = [] if d.streaming else _read(d)  # faults of rows come before a tokenizer is looked for
     tokenizer, limit = load_tokenizer(config.model)
+    processor = _processor(config, sides)
+    tokenizer = tokenizer if processor is None else tokenizer_of(processor)
     if d.max_length is not None and limit is not None and d.max_length > limit:
         raise ConfigError(f"data.max_length={d.max_length} is more than {config.model!r} reads: at most {limit} tokens")
     most = longest(config, limit)
     general = general_rows(
-        () if d.general is None else _sources(d, d.general), tokenizer, most
+        () if d.general is None else _sources(d, d.general), tokenizer, most, processor
     )  # as the base reads them, before it gets a template or tokens
     tokens = given.give(tokenizer)
     tokens = tokens if tokens.ids else add_tokens(tokenizer, d.tokens)
     policy = Policy(most, d.train_on_prompt, d.turns, d.overflow)
     if d.streaming:
-        first, second = _streamed(config, tokenizer, policy)
+        first, second = _streamed(config, tokenizer, policy, processor)
     else:
         found = []
         for rows, purpose in zip(sides, (LEARN, EVALUATE), strict=False):
             seen = Observed(tokenizer, policy)
-            side = encode_rows(rows, tokenizer, policy, objective=objective, pairs=d.pairs, seen=seen, purpose=purpose)
+            side = encode_rows(
+                rows, tokenizer, policy, objective=objective, pairs=d.pairs, seen=seen, purpose=purpose,
+                processor=processor,
+            )  # fmt: skip
             found.append(Side(*side, rows, seen))
         first, second = found[0], found[1] if len(found) > 1 else None
-    checked = checks(first, second, tokenizer)
+    checked = checks(first, second, tokenizer, processor)
     refuse(checked)
     return Prepared(
         tokenizer, first.encoded, first.report, second.encoded if second else (), second.rows if second else None,
         second.report if second else None, policy, tokens, Kept(given.template, tokens.ids), checked, general,
+        processor,
     )  # fmt: skip
+
+
+def _processor(config: Config, sides: Sequence[Rows]) -> Any:
+    """The base's processor of images, or None. DataError for rows with images where there is none."""
+    processor = load_processor(config.model)
+    if processor is not None:
+        fitting(processor, read_config(config.model), config.model)
+        return processor
+    held = [row for rows in sides for row in rows.rows if row.images]
+    if held:
+        raise DataError(
+            f"{config.model!r} reads no images, and {len(held):,} rows hold some (the first is {held[0].where}): choose a base "
+            "that does, or keep the rows of text"
+        )
+    return None
 
 
 def _read(d: DataConfig) -> list[Rows]:
@@ -167,11 +191,11 @@ def _read(d: DataConfig) -> list[Rows]:
     return [dataclasses.replace(rows, rows=rows.rows + unwanted), held_out]
 
 
-def _streamed(config: Config, tokenizer: Any, policy: Policy) -> tuple[Side, Side | None]:
+def _streamed(config: Config, tokenizer: Any, policy: Policy, processor: Any) -> tuple[Side, Side | None]:
     d, objective, keep = config.data, config.train.objective, config.train.generate
 
     def encoder() -> Encoder:
-        return Encoder(tokenizer, policy, objective, Observed(tokenizer, policy))
+        return Encoder(tokenizer, policy, objective, Observed(tokenizer, policy), processor)
 
     share = d.eval if isinstance(d.eval, float) else None
     first, second = stream(_sources(d, d.train), encoder, objective, d.pairs, share=share, keep=keep)

@@ -74,7 +74,7 @@ def probe(config: Config, batches: int = 4) -> Probed:
     data = prepare(config)
     if data.tokens.pieces:
         raise UseError("a probe runs the base alone, which has no rows for new tokens: leave data.tokens out")
-    size, collate = config.train.batch_size, Collator(data.tokenizer)
+    size, collate = config.train.batch_size, Collator(data.tokenizer, processor=data.processor)
     base = load_base(config.model, dtype=config.train.dtype, quantize=config.quantize)
     device = next(base.model.parameters()).device
     chosen = config.adapter

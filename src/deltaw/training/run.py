@@ -142,7 +142,7 @@ def _train(config: Config, run: RunDirectory, quiet: bool, resume: bool, shelf: 
     dtype, quantize = config.train.dtype, config.quantize
     wanted = (config.model, dtype, quantize)
     base: Base = shelf.get("base", wanted, lambda: load_base(config.model, dtype=dtype, quantize=quantize))
-    base = dataclasses.replace(base, tokenizer=data.tokenizer)
+    base = dataclasses.replace(base, tokenizer=data.tokenizer, processor=data.processor)
     try:
         return _on(base, config, run, data, quiet, checkpoint, began, predicted, warned)
     finally:
@@ -184,7 +184,7 @@ def _on(
     base.model.train()
     trainer = AdapterTrainer(
         base.model, run, config.train, total, every, data.encoded, data.held_out,
-        Collator(base.tokenizer, packing=packing), optimizer,
+        Collator(base.tokenizer, packing=packing, processor=base.processor), optimizer,
         [events, GradientCheck(run, NAME), Steps(base.model, NAME), stop, progress], score, data.kept.files,
     )  # fmt: skip
     general = General(base, NAME, run, data.general, data.held_out, config.train.batch_size)
@@ -254,7 +254,7 @@ def _attach(
 
 def _inputs(base: Base, data: Prepared, size: int) -> Iterator[dict[str, Any]]:
     """The first training rows as inputs of the model, for methods that start from data."""
-    collate, device = Collator(base.tokenizer), next(base.model.parameters()).device
+    collate, device = Collator(base.tokenizer, processor=base.processor), next(base.model.parameters()).device
     for first in range(0, min(len(data.encoded), FIRST_BATCHES * size), size):
         batch = collate(data.encoded[first : first + size])
         there = {key: value.to(device) for key, value in batch.items() if key != "labels"}
@@ -282,8 +282,9 @@ def _scorer(config: Config, base: Base, data: Prepared, run: RunDirectory) -> Ca
 
     def score() -> dict[str, float]:
         samples = generate_samples(
-            base.model, base.tokenizer, rows.rows[: t.generate], data.policy, batch_size=t.batch_size
-        )
+            base.model, base.tokenizer, rows.rows[: t.generate], data.policy, batch_size=t.batch_size,
+            processor=base.processor,
+        )  # fmt: skip
         run.write_samples([dataclasses.asdict(sample) for sample in samples])
         return measured(samples, chosen)
 

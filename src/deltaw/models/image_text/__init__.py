@@ -1,0 +1,1 @@
+"""Image-text models of ours, known to transformers' Auto classes once `deltaw.core.plugins` has loaded this package."""
