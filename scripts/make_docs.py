@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.config import describe, schema
+from deltaw.config.parts import PartConfig
+from deltaw.config.stages import Stage
 from deltaw.core.adapter import WeightAdapter
 from deltaw.core.host import HostSpec, WeightHost
 from deltaw.core.method import Method, get, names
@@ -26,6 +28,15 @@ errors with the nearest known one; `section.key=value` on the command line overr
 
 `model` is a folder, a hub id, or `tiny` (bundled). `output` is the run directory (default `runs/latest`). `quantize`
 (default `none`) loads the base's linear layers in `nf4`, `nf4-double` or `int8`.
+"""
+
+
+PARTS = """`frozen`, the name of a method, or a section with these fields and those of its method. Where that is the method of the
+adapter section, the section's fields hold but for those that the part gives. Of `full` the targets are `all` by default.
+
+"""
+STAGES = """Written down: what is other than in the sections above. See [training.md](training.md).
+
 """
 
 
@@ -54,6 +65,13 @@ def page() -> str:
         parts.append(f"## `{section}`\n\n{table(properties[section]['properties'], _defaults(cls))}\n")
     parts.append(
         f"## `adapter`, for every method\n\n{table(describe.shared(), {**_defaults(schema.AdapterConfig), 'from': None})}\n"
+    )
+    described = {name: {"description": sentence} for name, sentence in describe.part().items()}
+    parts.append(
+        f"## A part of `adapter.parts`\n\n{PARTS}{table(described, {**_defaults(PartConfig), 'method': 'of the section'})}\n"
+    )
+    parts.append(
+        f"## A stage of `stages`\n\n{STAGES}{table(properties['stages']['items']['properties'], _defaults(Stage))}\n"
     )
     for alternative in properties["adapter"]["oneOf"]:
         name = alternative["title"]

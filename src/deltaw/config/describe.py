@@ -11,8 +11,11 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter
 
+from deltaw.config.parts import FROZEN, PartConfig
 from deltaw.config.schema import AdapterConfig, Config, DataConfig, TrainConfig
-from deltaw.core.method import get, names
+from deltaw.config.stages import Stage
+from deltaw.core.method import get
+from deltaw.core.method import names as methods
 
 
 def json_schema() -> dict[str, Any]:
@@ -26,9 +29,10 @@ def json_schema() -> dict[str, Any]:
             "description": said["quantize"],
         },
         "data": section(DataConfig),
-        "adapter": {"oneOf": [adapter(name) for name in names()]},
+        "adapter": {"oneOf": [adapter(name) for name in methods()]},
         "train": section(TrainConfig),
         "output": {"type": "string", "default": "runs/latest", "description": said["output"]},
+        "stages": {"type": "array", "items": section(Stage), "description": said["stages"]},
     }
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "deltaw training configuration"}
     required = ["model", "data"]
@@ -54,7 +58,16 @@ def shared() -> dict[str, Any]:
     """Fields of the `adapter` section that every method has."""
     said = sentences(AdapterConfig)
     names = [f.name for f in dataclasses.fields(AdapterConfig) if f.name != "method"]
-    return {"from" if name == "start" else name: {"description": said[name]} for name in names}
+    fields: dict[str, Any] = {"from" if name == "start" else name: {"description": said[name]} for name in names}
+    own = {name: {"description": sentence} for name, sentence in part().items()}
+    forms = [{"enum": [FROZEN, *methods()]}, {"type": "object", "properties": own}]  # and the fields of its method
+    fields["parts"] |= {"type": "object", "additionalProperties": {"oneOf": forms}}
+    return fields
+
+
+def part() -> dict[str, str]:
+    """Fields of a part of `adapter.parts`, each with its sentence."""
+    return {f.name: sentences(PartConfig)[f.name] for f in dataclasses.fields(PartConfig)}
 
 
 def sentences(cls: type) -> dict[str, str]:

@@ -3,35 +3,21 @@
 `parse(record)` takes plain data, `read(path, overrides)` a YAML file; both raise ConfigError.
 """
 
-import dataclasses
 import re
-import types
-import typing
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from deltaw.config.schema import AdapterConfig, Config, DataConfig, Source, TrainConfig, invalid_pattern
+from deltaw.config.adapter import parse_adapter
+from deltaw.config.fields import SECTIONS, build, checked
+from deltaw.config.schema import Config, DataConfig, Source, TrainConfig, invalid_pattern
+from deltaw.config.stages import Stage, records
 from deltaw.core.errors import ConfigError, did_you_mean, faults
-from deltaw.core.method import Method, get
-from deltaw.core.method import names as methods
 
-SECTIONS: dict[str, type] = {"data": DataConfig, "train": TrainConfig}
 SOURCES = ("train", "eval", "general")
-OTHER_NAMES: Mapping[str, str] = {
-    "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
-    "target_modules": "targets", "lora_target": "targets", "use_rslora": "rslora", "init_lora_weights": "init",
-    "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "gradient_accumulation",
-    "lr": "learning_rate", "lr_scheduler_type": "schedule", "warmup_ratio": "warmup", "max_grad_norm": "clip",
-    "cutoff_len": "max_length", "max_seq_length": "max_length", "model_name_or_path": "model", "output_dir": "output",
-    "dataset": "train", "val_size": "eval", "logging_steps": "log_every", "save_steps": "save_every", "eval_steps": "eval_every",
-    "quantization_bit": "quantize",
-}  # fmt: skip
-"""What PEFT, transformers and LLaMA-Factory call our fields: for hints alone, none of these is read."""
 
 
 def parse(record: Any) -> Config:
@@ -41,48 +27,69 @@ def parse(record: Any) -> Config:
         raise ConfigError(f"a configuration is a mapping of sections (model, data, adapter, train, output): {given}")
     found: list[str] = []
     whole = dict(record)
-    data, train, adapter = (whole.pop(key, None) for key in ("data", "train", "adapter"))
+    data, train, adapter, given = (whole.pop(key, None) for key in ("data", "train", "adapter", "stages"))
+    listed = _stages(given, found)
+    if listed and "train" in listed[0].data and (data is None or isinstance(data, Mapping)):
+        data = {"train": listed[0].data["train"], **(data or {})}
     if isinstance(data, Mapping):
         data = {k: _sources(v, f"data.{k}", found) if k in SOURCES else v for k, v in data.items()}
     sections = {
-        "data": _section(DataConfig, {} if data is None else data, "data.", found),
-        "train": _section(TrainConfig, {} if train is None else train, "train.", found),
+        "data": build(DataConfig, {} if data is None else data, "data.", found),
+        "train": build(TrainConfig, {} if train is None else train, "train.", found),
         "adapter": None if adapter is None else parse_adapter(adapter, found),
     }
-    values = _values(Config, whole, "", found, [*SECTIONS, "adapter"])
+    values = checked(Config, whole, "", found, [*SECTIONS, "adapter", "stages"])
     if "model" not in whole:
         found.append("model is missing")
     # with defaults in the place of what is wrong, so that all faults are said together
     made = {"data": DataConfig(train="?"), **{key: section for key, section in sections.items() if section is not None}}
-    config = Config(**{"model": "?", **values, **made})
+    config = Config(**{"model": "?", **values, **made}, stages=tuple(listed))
     found += _impossible(config)
+    if not found:  # else each of them would say the same again
+        found += _within_stages(config)
     if found:
         raise faults(ConfigError, "configuration", list(dict.fromkeys(found)))
     return config
 
 
-def parse_adapter(record: Any, found: list[str]) -> AdapterConfig | None:
-    """The `adapter` section: `method` names a registered Method, whose fields stand beside targets, exclude, layers."""
-    if not isinstance(record, Mapping):
-        found.append(f"adapter={record!r} must be a section like {{method: lora, rank: 16}}")
-        return None
-    if "from" in record and "start" in record:
-        found.append("adapter.from and adapter.start are one thing: leave start out")
-    if "from" in record:  # a word of Python, so the field has another name
-        record = {"start" if key == "from" else key: value for key, value in record.items()}
-    own = [f.name for f in dataclasses.fields(AdapterConfig) if f.name != "method"]
-    if record.get("start") and len(record) > 1:
-        others = ", ".join(map(repr, (key for key in record if key != "start")))
-        found.append(f"adapter.from brings its own method and targets: leave out {others}")
-    try:
-        method = get(str(record.get("method") or "lora"))
-    except ConfigError as error:
-        found.append(f"adapter.method: {error}")
-        return None
-    options = {key: value for key, value in record.items() if key not in own and key != "method"}
-    built: Method | None = _section(method, options, "adapter.", found, own)
-    values = _values(AdapterConfig, {k: v for k, v in record.items() if k in own}, "adapter.", found)
-    return None if built is None else AdapterConfig(method=built, **values)
+def stages(config: Config) -> list[Config]:
+    """The runs that a configuration stands for, in their order: one for each stage, itself where it has none."""
+    if not config.stages:
+        return [config]
+    return [parse(one) for one in records(config.to_dict(), config.stages)]
+
+
+def _stages(given: Any, found: list[str]) -> list[Stage]:
+    """The list of stages; what is wrong with their form is added to `found`."""
+    if given is None:
+        return []
+    if not isinstance(given, list | tuple):
+        found.append(f"stages={given!r} must be a list of sections like {{name: align, parts: {{projector: full}}}}")
+        return []
+    found += [
+        f"stages[{n}].parts is empty" for n, s in enumerate(given) if isinstance(s, Mapping) and s.get("parts") == {}
+    ]
+    built = [build(Stage, one, f"stages[{number}].", found) for number, one in enumerate(given)]
+    listed: list[Stage] = [stage for stage in built if stage is not None]
+    for number, stage in enumerate(listed):
+        if not re.fullmatch(r"[\w.\-]+", stage.name):
+            found.append(f"stages[{number}].name={stage.name!r} names a folder: letters, digits, dots and dashes only")
+        if "parts" in stage.adapter and stage.parts:
+            found.append(f"stages[{number}].parts and stages[{number}].adapter.parts are one thing: leave one out")
+        if number and "from" in stage.adapter:
+            found.append(f"stages[{number}].adapter.from: a stage goes on from the one before it: leave it out")
+    return listed
+
+
+def _within_stages(config: Config) -> list[str]:
+    """What is wrong with a stage once it is put into its place."""
+    found = []
+    for number, one in enumerate(records(config.to_dict(), config.stages)):
+        try:
+            parse(one)
+        except ConfigError as error:
+            found += [f"stages[{number}] ({config.stages[number].name}): {fault}" for fault in error.faults]
+    return found
 
 
 def _sources(given: Any, where: str, found: list[str]) -> Any:
@@ -91,83 +98,9 @@ def _sources(given: Any, where: str, found: list[str]) -> Any:
         return tuple(_sources(one, f"{where}[{number}]", found) for number, one in enumerate(given))
     if not isinstance(given, Mapping):
         return given
-    source: Source | None = _section(Source, given, f"{where}.", found)
+    source: Source | None = build(Source, given, f"{where}.", found)
     found += [] if source is None else [f"{where}.{fault}" for fault in source.invalid()]
     return source or Source(path="")
-
-
-def _section(cls: type, record: Any, prefix: str, found: list[str], others: Collection[str] = ()) -> Any:
-    """An object of the dataclass `cls`, or None and what is wrong in `found`."""
-    fields = dataclasses.fields(cls)
-    if not isinstance(record, Mapping):
-        found.append(f"{prefix[:-1]}={record!r} must be a section with {', '.join(f.name for f in fields[:4])}, …")
-        return None
-    values = _values(cls, record, prefix, found, others)
-    needed = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    found += [f"{prefix}{name} is missing" for name in needed if name not in record]
-    if any(name not in values for name in needed):
-        return None
-    try:
-        return cls(**values)
-    except ConfigError as error:  # a Method's own opinion of its fields
-        found += [f"adapter: {fault}" for fault in error.faults]
-        return None
-
-
-def _values(
-    cls: type, record: Mapping[str, Any], prefix: str, found: list[str], others: Collection[str] = ()
-) -> dict[str, Any]:
-    """The fields that a record gives, as the types of `cls` want them; one fault for each that cannot be."""
-    hints, values = typing.get_type_hints(cls), {}
-    names = [f.name for f in dataclasses.fields(cls)]
-    for key, value in record.items():
-        if key not in names:
-            found.append(f"no key {prefix + str(key)!r}{_meant(cls, str(key), prefix, [*names, *others])}")
-            continue
-        kinds = _kinds(hints[key])
-        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
-            found.append(f"{prefix}{key}={value!r}: must be a number")
-            continue
-        if isinstance(value, str) and bool in kinds and value not in kinds:
-            found.append(f"{prefix}{key}={value!r}: must be true or false")
-            continue
-        try:
-            rules = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
-            values[key] = TypeAdapter(
-                hints[key], config=None if dataclasses.is_dataclass(hints[key]) else rules
-            ).validate_python(value)
-        except ValidationError as error:
-            said = dict.fromkeys(fault["msg"][0].lower() + fault["msg"][1:] for fault in error.errors())
-            found.append(f"{prefix}{key}={value!r}: {', or '.join(said).replace(', or input should be', ', or')}")
-    return values
-
-
-def _meant(cls: type, key: str, prefix: str, here: Sequence[str]) -> str:
-    """A hint for an unknown key: whose field it is, near names, what other tools call it, the section it belongs to."""
-    if issubclass(cls, Method) and any(key in {f.name for f in dataclasses.fields(get(name))} for name in methods()):
-        own = ", ".join(f.name for f in dataclasses.fields(cls))
-        return f", a field of other methods: {cls.name} has {own}; adapter={{method: {cls.name}}} starts afresh"
-    ours = OTHER_NAMES.get(key)
-    if ours in here:
-        return f"; here it is called {prefix + ours!r}"
-    near = did_you_mean(key, here)
-    fields = {
-        name: {f.name for f in dataclasses.fields(cls)} for name, cls in {**SECTIONS, "adapter": AdapterConfig}.items()
-    }
-    homes = [
-        f"{name}.{ours or key}" for name, inside in fields.items() if (ours or key) in inside and f"{name}." != prefix
-    ]
-    return f"; it belongs to its section: {homes[0]!r}" if homes and not near else near
-
-
-def _kinds(hint: Any) -> set[Any]:
-    """The types, and the values of literals, that a hint allows at its top."""
-    parts = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Literal:
-        return set(parts)
-    if parts and typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return set().union(*map(_kinds, parts))
-    return {hint}
 
 
 def _impossible(config: Config) -> list[str]:

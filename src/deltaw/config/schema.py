@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from deltaw.config.parts import FROZEN, PartConfig
+from deltaw.config.stages import Stage
 from deltaw.core.method import Method, get
 
 STRICT: dict[str, Any] = {"extra": "forbid", "arbitrary_types_allowed": True}
@@ -100,8 +102,22 @@ class AdapterConfig:
     """Modules taken away from the targets."""
     layers: int | str | tuple[int, ...] | None = None
     """Only these layers: "0-3,7"."""
+    parts: Mapping[str, PartConfig | None] | None = None
+    """Of a model made of parts (vision, projector, language, head): how each is trained; one that is not named is frozen."""
+    modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parts that are not found by themselves, {output_projector: [path]}, for `parts`."""
     start: str | None = None
-    """Go on from this adapter folder; it brings its own method and targets."""
+    """Go on from this adapter folder; it brings its own method and targets, or is trained part by part, as `parts` says."""
+
+    def to_dict(self) -> dict[str, Any]:
+        record: dict[str, Any] = {} if self.start is None else {"from": self.start}
+        if self.parts is None and record:
+            return record
+        record |= {"method": self.method.name, **dataclasses.asdict(self.method)}
+        if self.parts is None:
+            return record | {"targets": self.targets, "exclude": self.exclude, "layers": self.layers}
+        parts = {name: FROZEN if part is None else part.to_dict() for name, part in self.parts.items()}
+        return record | {"parts": parts} | ({"modules": self.modules} if self.modules else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,17 +190,18 @@ class Config:
     output: str = "runs/latest"
     """The run directory; must not hold another run."""
 
+    stages: tuple[Stage, ...] = ()
+    """Runs after each other, each going on from the adapter of the one before; each says what is other than above."""
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `parse` reads back to an equal Config."""
         record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for section in ("data", "train"):
             record[section] = dataclasses.asdict(record[section])
-        adapter = {f.name: getattr(self.adapter, f.name) for f in dataclasses.fields(self.adapter)}
-        if self.adapter.start is not None:
-            record["adapter"] = {"from": self.adapter.start}
-            return _plain(record)
-        del adapter["start"]
-        record["adapter"] = {"method": self.adapter.method.name, **dataclasses.asdict(adapter.pop("method")), **adapter}
+        record["adapter"] = self.adapter.to_dict()
+        record["stages"] = [stage.to_dict() for stage in self.stages]
+        if not self.stages:
+            del record["stages"]
         return _plain(record)
 
 

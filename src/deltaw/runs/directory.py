@@ -39,10 +39,15 @@ class RunDirectory:
         self.adapter = self.path / "adapter"
         self.best = self.path / "best"
 
+    def exists(self) -> bool:
+        """Has a run begun here?"""
+        return (self.path / CONFIG).exists()
+
     def must_be_free(self) -> None:
         """UseError where the folder cannot become a new run: nothing is ever written over."""
-        if (self.path / CONFIG).exists():
-            more = f"continue it with `deltaw train --resume {self.path}`, " if self.steps() else ""
+        if self.exists():
+            begun = self.steps() or any(self.path.glob(f"*/{CONFIG}"))
+            more = f"continue it with `deltaw train --resume {self.path}`, " if begun else ""
             raise UseError(f"{self.path} already holds a run: give another output, {more}or delete it")
         must_be_free(self.path)
 
@@ -63,7 +68,7 @@ class RunDirectory:
 
     def remove_unfinished(self) -> None:
         """Delete a run that has neither a checkpoint nor an adapter, so that it can be started anew."""
-        if (self.path / CONFIG).exists() and not self.steps() and not self.adapter.exists():
+        if self.exists() and not self.steps() and not self.adapter.exists():
             shutil.rmtree(self.path)
 
     def config(self) -> Any:

@@ -8,6 +8,7 @@ import math
 import signal
 import statistics
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from deltaw.core.attach import adapters, kinds
 from deltaw.core.base import base_parameters
 from deltaw.core.errors import TrainError, faults
+from deltaw.core.parts import Parts
 from deltaw.runs.directory import RunDirectory
 from deltaw.training.watch import peak_memory
 
@@ -60,31 +62,65 @@ class Events(TrainerCallback):
 
 
 class GradientCheck(TrainerCallback):
-    def __init__(self, run: RunDirectory, name: str):
-        self.run, self.name = run, name
+    """parts: of a run that goes part by part: one that is trained and gets no gradient at all is an error. features: have
+    the batches so far held more than text? Where rows have images and the first batch has none, its parts wait for one."""
+
+    def __init__(
+        self, run: RunDirectory, name: str, parts: Parts | None = None, images: bool = False,
+        features: Callable[[], bool] = lambda: False,
+    ):  # fmt: skip
+        self.run, self.name, self.parts, self.images, self.features = run, name, parts, images, features
+        self.waits = False
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        if state.global_step == 0:
-            dead = check_gradients(model, self.name)
-            if dead:
+        whole = not self.images or self.features()
+        if state.global_step == 0 or (self.waits and whole):
+            dead = check_gradients(model, self.name, whole and self.parts is None)
+            if dead and whole:
+                self._parts(model, dead)
                 self.run.log(
                     "warning",
                     text=f"no gradient reaches {len(dead)} adapters, they will not train: {', '.join(dead[:8])}",
                 )
+        self.waits = not whole and (self.waits or state.global_step == 0)
+
+    def _parts(self, model: nn.Module, dead: list[str]) -> None:
+        """TrainError for the parts that get no gradient at all."""
+        parts: dict[str | None, list[bool]] = {}
+        for site, adapter in adapters(model, self.name).items() if self.parts is not None else ():
+            if trained(adapter):
+                parts.setdefault(self.parts.of(site.path), []).append(str(site) in dead)
+        found = [
+            f"no gradient reaches {part}: {self._why(part)}; freeze it ({part}: frozen), or leave it out"
+            for part, gone in parts.items()
+            if all(gone)
+        ]
+        if found:
+            raise faults(TrainError, "adapter.parts", found)
+
+    def _why(self, part: str | None) -> str:
+        if part in ("vision", "projector") and not self.features():
+            return "no row has an image"
+        return "is it run under no_grad, read before the layers that are trained, or followed by weights that are zero?"
 
 
-def check_gradients(model: nn.Module, name: str) -> list[str]:
+def trained(adapter: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in adapter.parameters())
+
+
+def check_gradients(model: nn.Module, name: str, strict: bool = True) -> list[str]:
     """Sites whose tensors have no non-zero gradient from the loss. TrainError if base tensors have one, or no adapter.
 
     Tensors in a method's penalty have its gradient in any case: of these counts one that points elsewhere (clipping has
-    scaled it, accumulation has summed it).
+    scaled it, accumulation has summed it). strict: is no gradient at all an error here?
     """
     leaks = [f"{path} is of the base and has a gradient" for path, p in base_parameters(model) if p.grad is not None]
     if leaks:
         raise faults(TrainError, "training would change the base", leaks)
-    there, penalties = adapters(model, name), dict[int, Tensor]()
+    there = {site: adapter for site, adapter in adapters(model, name).items() if trained(adapter)}
+    penalties = dict[int, Tensor]()
     for method, kind in kinds(model, name):
         penalty = method.penalty(kind)
         parameters = [p for adapter in kind for p in adapter.parameters()]
@@ -96,7 +132,7 @@ def check_gradients(model: nn.Module, name: str) -> list[str]:
         for site, adapter in there.items()
         if not any(_reached(p.grad, penalties.get(id(p))) for p in adapter.parameters())
     ]
-    if len(dead) == len(there):
+    if strict and len(dead) == len(there):
         raise TrainError("no gradient reaches the adapter: are the adapted modules part of the forward pass?")
     return dead
 

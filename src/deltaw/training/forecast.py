@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from deltaw.config.schema import Config
+from deltaw.core.plan import Target
 from deltaw.methods.full import Full
 from deltaw.models.base import pick_device
 from deltaw.models.machine import cpu
@@ -18,6 +19,8 @@ from deltaw.planner.devices import Device, measured, named, room, seconds
 from deltaw.planner.memory import Memory, said
 from deltaw.training.outlook import Batch, Outlook, outlook, steps, widest
 from deltaw.training.prepare import Prepared, longest
+
+TOWER = "the activations of the image tower are not counted: without its numbers this model does not run on images"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Forecast:
     step_seconds: float
     """Of an optimizer step of the widest batches; narrower ones take less."""
     fits: bool
+    notes: tuple[str, ...] = ()
+    """What is not counted."""
 
     def record(self) -> dict[str, Any]:
         return {
@@ -40,6 +45,7 @@ class Forecast:
             "memory": self.memory.record(),
             "time": {"step_seconds": self.step_seconds},
             "warnings": self.warnings,
+            "notes": list(self.notes),
             "fits": self.fits,
         }
 
@@ -51,7 +57,7 @@ class Forecast:
             *(f"  {line}" for line in str(self.memory).splitlines()),
             f"{verdict} in {self.device.name}: {said(room(self.device))} are free for it, {_time(self.step_seconds)} a step at most",
         ]
-        return "\n".join(lines + self.warnings)
+        return "\n".join([*lines, *self.warnings, *(f"note: {note}" for note in self.notes)])
 
     @property
     def short(self) -> dict[str, Any]:
@@ -73,19 +79,24 @@ def forecast(config: Config, look: Outlook, batch: Batch, device: Device) -> For
     dtype = _dtype(config, device)
     counted, memory = look.count(config, batch, device.kind, dtype)
     taken = config.train.gradient_accumulation * seconds(counted.work, device, dtype)
-    return Forecast(device, dtype, batch, memory, taken, memory.peak <= room(device))
+    notes = () if counted.features and (batch.features or not batch.images) else (TOWER,)
+    return Forecast(device, dtype, batch, memory, taken, memory.peak <= room(device), notes)
 
 
 class Looks:
-    """The outlooks of variants of one configuration: one for each dtype, quantised and not."""
+    """The outlooks of variants of one configuration: one for each dtype, quantised and not.
 
-    def __init__(self) -> None:
+    carried: what the adapter that it goes on from holds (`Outlook.carried`).
+    """
+
+    def __init__(self, carried: Sequence[Target] | None = None) -> None:
+        self._carried = carried
         self._there: dict[tuple[bool, str], Outlook] = {}
 
     def forecast(self, config: Config, data: Prepared | None, device: Device, look: Outlook | None = None) -> Forecast:
         key = config.quantize != "none", _dtype(config, device)
         if key not in self._there:
-            found = look or outlook(config)
+            found = look or outlook(config, self._carried)
             assert found is not None  # a run that goes on from an adapter has no forecast to begin with
             self._there[key] = found
         there = self._there[key]
@@ -118,7 +129,7 @@ def costs(config: Config, look: Outlook, data: Prepared | None, devices: Sequenc
 
     UseError for a device that is not known.
     """
-    looks, chosen = Looks(), [named(name, here) for name in devices]
+    looks, chosen = Looks(look.carried), [named(name, here) for name in devices]
     try:
         found = [looks.forecast(config, data, device, look if not n else None) for n, device in enumerate(chosen)]
     except Exception as error:  # whatever a foreign model raises where its tensors have no numbers

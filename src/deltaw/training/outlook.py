@@ -4,6 +4,7 @@ configuration → outline of the base → TargetPlan → adapters on the outline
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,15 +12,21 @@ from torch import nn
 
 from deltaw.config.schema import Config
 from deltaw.core import targets
+from deltaw.core.attach import adapters
+from deltaw.core.base import by_path, parameters
 from deltaw.core.errors import UseError
-from deltaw.core.plan import TargetPlan
+from deltaw.core.plan import Target, TargetPlan
+from deltaw.data.collate import Collator
+from deltaw.data.encode import Encoded
 from deltaw.data.store import lengths
+from deltaw.formats import directory
 from deltaw.models.base import DTYPES, limit_of, outline
 from deltaw.models.quantize import method_of
 from deltaw.planner.arithmetic import optimizer_steps
 from deltaw.planner.memory import Memory, Weight, optimizer_bytes, weight_bytes
+from deltaw.training.parts import ByPart, by_part, only
 from deltaw.training.prepare import Prepared, longest
-from deltaw.training.rehearsal import Counted, dress, rehearse
+from deltaw.training.rehearsal import NAME, Counted, dress, rehearse
 from deltaw.training.watch import holes
 
 OVERHEAD = {("cpu", "fp32"): 24_000_000, ("cpu", "bf16"): 9_000_000}
@@ -36,6 +43,10 @@ class Batch:
     length: int
     padded: bool = True
     supervised: float = 1.0
+    features: tuple[tuple[str, tuple[int, ...], str], ...] = ()
+    """What the model takes beside ids: names, shapes and dtypes (pixel_values, …)."""
+    images: bool = False
+    """Do rows hold images, in this batch or in others?"""
 
 
 @dataclass
@@ -44,6 +55,12 @@ class Outlook:
 
     model: Any
     plan: TargetPlan
+    """What is trained."""
+    kept: tuple[Target, ...] = ()
+    """Adapters that are there and are not trained."""
+    carried: tuple[Target, ...] | None = None
+    """Those of the adapter that it goes on from."""
+    by_part: ByPart | None = None
     _weights: list[Weight] = field(default_factory=list)
     """Those of the base, known once the adapters are on the outline."""
     _counted: dict[Any, Counted] = field(default_factory=dict)
@@ -75,24 +92,28 @@ class Outlook:
         if not self._weights:
             self._weights += base_weights(self.model)
             layers = quantized_layers(self.model) if kind_of_weights != "none" else []
-            dress(self.model.to(dtype=DTYPES[dtype]), self.plan, layers)
+            everything = (*self.plan.targets, *self.kept)
+            dress(self.model.to(dtype=DTYPES[dtype]), everything, layers)
+            if everything:
+                only(self.model, NAME, [target.site for target in self.plan.targets])
         t = config.train
         options: dict[str, Any] = {
             "device": kind, "padded": batch.padded, "supervised": batch.supervised, "checkpointing": t.checkpointing,
-            "accumulated": t.gradient_accumulation > 1,
+            "accumulated": t.gradient_accumulation > 1, "features": batch.features,
         }  # fmt: skip
         key = batch, *options.values()
         if key not in self._counted:
             self._counted[key] = rehearse(self.model, batch.rows, batch.length, **options)
         counted = self._counted[key]
         sizes = [p.numel() for p in self.model.parameters() if p.requires_grad]
-        adapters, states, peak = 4 * sum(sizes), optimizer_bytes(sizes, t.optimizer), int(counted.peak)
+        held = sum(p.numel() for one in adapters(self.model, NAME).values() for p in one.parameters())
+        masters, states, peak = 4 * held, optimizer_bytes(sizes, t.optimizer), int(counted.peak)
         gradients = min(int(counted.gradients), peak)
         activations = min(int(counted.saved), peak - gradients)
-        kept = holes(t.checkpointing) * (adapters + states + peak) if kind == "cpu" else 0
+        kept = holes(t.checkpointing) * (masters + states + peak) if kind == "cpu" else 0
         return counted, Memory(
             weights=weight_bytes(self._weights, DTYPES[dtype].itemsize, kind_of_weights),
-            adapters=adapters,
+            adapters=masters,
             optimizer=states,
             gradients=gradients,
             activations=activations,
@@ -102,24 +123,50 @@ class Outlook:
         )
 
 
-def outlook(config: Config) -> Outlook | None:
-    """The plan that attaching will carry out, on the base's outline; None where the run goes on from an adapter.
+def outlook(config: Config, carried: Sequence[Target] | None = None) -> Outlook | None:
+    """The plan that attaching will carry out, on the base's outline; None where the run goes on from a whole adapter.
 
+    carried: what the adapter that it goes on from holds, where that is not written yet (an earlier stage).
     Raises TargetError for targets that cannot be adapted, FileError for a base whose configuration cannot be read.
     """
     chosen = config.adapter
-    if chosen.start is not None:
+    if chosen.start is not None and chosen.parts is None and carried is None:
         return None
     model = outline(config.model).requires_grad_(False)
-    plan = targets.plan(model, chosen.method, chosen.targets, exclude=chosen.exclude, layers=chosen.layers)
-    return Outlook(model, plan)
+    if chosen.start is not None and carried is None:
+        carried = held_by(chosen.start, model)
+    there = None if carried is None else tuple(carried)
+    if chosen.parts is not None:
+        found = by_part(model, chosen, there or (), bool(config.data.tokens))
+        return Outlook(model, found.plan(model), found.kept, there, found)
+    if there is not None:
+        return Outlook(model, TargetPlan(there, parameters(model)), carried=there)
+    return Outlook(
+        model, targets.plan(model, chosen.method, chosen.targets, exclude=chosen.exclude, layers=chosen.layers)
+    )
+
+
+def held_by(folder: str, model: nn.Module) -> tuple[Target, ...]:
+    """What an adapter's files hold, as targets on the outline of its base; sites that the base lacks are left to `load`."""
+    state, there = directory.read(folder)[0], by_path(model)
+    return tuple(
+        Target(
+            site,
+            type(there[site.path]).__name__,
+            state.specs[site],
+            method,
+            sum(t.numel() for t in state.tensors[site].values()),
+        )
+        for site, method in state.methods.items()
+        if site.path in there and site in state.specs
+    )
 
 
 def widest(config: Config, data: Prepared | None, limit: int | None) -> Batch:
     """The widest batch of a run's rows; without any, of rows as long as it takes.
 
     It is as wide as the longest row, because every row of a batch is padded to the longest of it. What is learnt of it is
-    counted on the longest rows, which may be unlike the others.
+    counted on the longest rows, which may be unlike the others. Of rows with images the batch is made, for its shapes.
     """
     size, most = config.train.batch_size, longest(config, limit)
     if data is None:
@@ -128,7 +175,28 @@ def widest(config: Config, data: Prepared | None, limit: int | None) -> Batch:
     order = sorted(range(len(found)), key=lambda n: -found[n])[:size]
     learnt = sum(min(data.encoded[n].supervised, found[n]) for n in order)
     share = min(1.0, learnt / max(1, len(order) * (found[order[0]] - 1)))
-    return Batch(len(order), found[order[0]], size > 1 and min(found) != max(found), share)
+    rows, pictured = [data.encoded[n] for n in order], data.report.with_images > 0
+    features = _features(rows, data) if pictured else ()
+    return Batch(len(order), found[order[0]], size > 1 and min(found) != max(found), share, features, pictured)
+
+
+def _features(rows: Sequence[Encoded], data: Prepared) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    """Names, shapes and dtypes of what a batch of these rows holds beside ids; of the first row with images where they have none."""
+    chosen = list(rows)
+    if not any(row.images for row in chosen):
+        chosen[-1] = next(row for row in data.encoded if row.images)
+    made = Collator(data.tokenizer, processor=data.processor)(chosen)
+    return tuple(
+        (
+            name,
+            (len(rows), max(len(row.ids) for row in rows))
+            if tensor.shape == made["input_ids"].shape
+            else tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+        )
+        for name, tensor in made.items()
+        if name not in ("input_ids", "attention_mask", "position_ids", "labels")
+    )
 
 
 def steps(config: Config, rows: int) -> tuple[int, int]:

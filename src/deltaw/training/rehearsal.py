@@ -12,7 +12,7 @@ device, which writes out [length, length].
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,15 @@ from deltaw.core.attach import trainable
 from deltaw.core.base import by_path
 from deltaw.core.host import host_of
 from deltaw.core.place import place
-from deltaw.core.plan import TargetPlan
+from deltaw.core.plan import Target
 from deltaw.fusion.mlp import fused
 from deltaw.infer.loss import SFTLoss
 from deltaw.training.meter import Meter, attention
 
 NAME = "rehearsal"
 FEW = (2, 3)  # layers that stand for many
+Feature = tuple[str, tuple[int, ...], str]
+"""Name, shape and dtype of an input."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Counted:
     gradients: float
     work: tuple[tuple[int, int, float], ...]
     """(floating-point operations, bytes read and written, how many times) of every operator."""
+    features: bool = True
+    """Is what the batch holds beside ids among it? Where a model asks images for numbers, only its text part is rehearsed."""
 
     @property
     def peak(self) -> float:
@@ -55,7 +59,7 @@ class Counted:
 
     def deeper(self, other: "Counted", times: float) -> "Counted":
         """This and `times` what `other` has more than it."""
-        numbers = (f.name for f in dataclasses.fields(self) if f.name != "work")
+        numbers = (f.name for f in dataclasses.fields(self) if f.name not in ("work", "features"))
         grown = {name: (1 - times) * getattr(self, name) + times * getattr(other, name) for name in numbers}
         work = [*((*one, (1 - times) * n) for *one, n in self.work), *((*one, times * n) for *one, n in other.work)]
         return Counted(**grown, work=tuple(work))  # type: ignore[arg-type]
@@ -81,12 +85,12 @@ class QuantizedOutline(nn.Linear):
         return _Decoded.apply(x, self.weight, self.bias)  # type: ignore[no-any-return]
 
 
-def dress(model: nn.Module, plan: TargetPlan, quantized: Iterable[nn.Module] = ()) -> None:
-    """The adapters of a plan on an outline: their shapes, not what they start from. quantized: layers in fewer bits."""
+def dress(model: nn.Module, targets: Iterable[Target], quantized: Iterable[nn.Module] = ()) -> None:
+    """Adapters on an outline: their shapes, not what they start from. quantized: layers in fewer bits."""
     for layer in quantized:
         layer.__class__ = QuantizedOutline
     there, built = by_path(model), []
-    for target in plan.targets:
+    for target in targets:
         host = host_of(there[target.site.path], target.site.slot, target.method.host)
         with torch.device("meta"):
             built.append((target.site, target.method.build(target.spec).to(host.device), target.method))
@@ -107,21 +111,28 @@ def _checkpointing(model: Any, on: bool) -> Iterator[None]:
 
 def rehearse(
     model: Any, rows: int, length: int, *, device: str = "cpu", padded: bool = True, supervised: float = 1.0,
-    checkpointing: bool = False, accumulated: bool = False,
+    checkpointing: bool = False, accumulated: bool = False, features: Sequence[Feature] = (),
 ) -> Counted:  # fmt: skip
     """A step of a dressed outline, in its own dtype: forward, loss and backward of one batch; an evaluation of it.
 
     device: cpu or cuda, for the attention kernel; padded: are rows of unlike length, so that a mask is needed;
     supervised: share of the positions that are learnt; accumulated: are gradients of an earlier batch there?
+    features: names, shapes and dtypes of what the batch holds beside ids (pixel_values).
     """
     options: dict[str, Any] = {"device": device, "supervised": supervised, "accumulated": accumulated}
+    ways = [(mask, given) for given in dict.fromkeys((tuple(features), ())) for mask in dict.fromkeys((padded, False))]
     with _checkpointing(model, checkpointing):  # of all layers at once, or they would not be alike
-        try:
-            return _by_layers(model, rows, length, padded=padded, **options)
-        except Exception:  # a model that wants its mask in another form; without one it takes little less
-            if not padded:
-                raise
-            return _by_layers(model, rows, length, padded=False, **options)
+        for mask, given in ways:
+            try:
+                counted = _by_layers(model, rows, length, padded=mask, features=given, **options)
+            except (
+                Exception
+            ):  # a model that wants its mask in another form (without one it takes little less), or numbers
+                if (mask, given) == ways[-1]:
+                    raise
+            else:
+                return dataclasses.replace(counted, features=given == tuple(features))
+    raise AssertionError("no way was tried")
 
 
 def _by_layers(model: nn.Module, rows: int, length: int, **options: Any) -> Counted:
@@ -145,7 +156,7 @@ def _by_layers(model: nn.Module, rows: int, length: int, **options: Any) -> Coun
 
 def _rehearse(
     model: Any, rows: int, length: int, *, device: str, padded: bool, supervised: float, accumulated: bool,
-    gathers: bool, evaluates: bool = True,
+    gathers: bool, evaluates: bool = True, features: Sequence[Feature] = (),
 ) -> Counted:  # fmt: skip
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in parameters)
@@ -168,7 +179,8 @@ def _rehearse(
         ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
         mask = torch.empty(rows, 1, length, length, dtype=torch.bool, device="meta") if padded else None
         body = loss.body if gathers else model
-        return body(input_ids=ids, attention_mask=mask, use_cache=False)[0][:, :-1][indices(), indices()]  # type: ignore[no-any-return]
+        more = {name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for name, shape, dtype in features}
+        return body(input_ids=ids, attention_mask=mask, use_cache=False, **more)[0][:, :-1][indices(), indices()]  # type: ignore[no-any-return]
 
     def lost(chosen: Tensor) -> Tensor:
         if gathers:

@@ -5,27 +5,22 @@ run.adapter, run.losses["held_out"]
 """
 
 import dataclasses
-import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import set_seed
 
 import deltaw
 from deltaw.config import parse
 from deltaw.config.schema import Config
 from deltaw.core import route
-from deltaw.core.attach import attach, detach, extract, plan_of, trainable
+from deltaw.core.attach import detach, extract
 from deltaw.core.errors import Interrupted, TrainError, UseError
 from deltaw.core.files import write_text
-from deltaw.core.host import host_of
-from deltaw.core.method import Site
 from deltaw.core.plan import TargetPlan
 from deltaw.data.collate import Collator
 from deltaw.data.store import lengths
@@ -34,25 +29,24 @@ from deltaw.fusion.mlp import fused
 from deltaw.infer.evaluate import generate_samples, measured
 from deltaw.infer.metrics import metrics
 from deltaw.infer.packing import use_packing
-from deltaw.models.adapters import load
-from deltaw.models.base import Base, load_base
-from deltaw.runs.diagnosis import Finding
+from deltaw.models.base import Base, load_base, outline
+from deltaw.runs.diagnosis import Finding, recorded
 from deltaw.runs.directory import RunDirectory
 from deltaw.runs.report import html_report
 from deltaw.training import ending
+from deltaw.training.attaching import put_on
 from deltaw.training.callbacks import CleanStop, Events, GradientCheck, ProgressBar, Steps
 from deltaw.training.facts import described, environment, facts, reporters, unchanged
 from deltaw.training.forecast import foreseen
 from deltaw.training.general import General
 from deltaw.training.optimizer import build, groups
-from deltaw.training.outlook import outlook, steps
+from deltaw.training.outlook import held_by, outlook, steps
+from deltaw.training.parts import exactly, rates
 from deltaw.training.prepare import Prepared, brought, prepare, read_by
-from deltaw.training.rows import attach_rows, readable
+from deltaw.training.readback import first_batch, read_back
+from deltaw.training.stages import ahead, in_order, warnings
 from deltaw.training.trainer import NAME, AdapterTrainer
 from deltaw.training.watch import Watch, give_back, peak_memory
-
-FIRST_BATCHES = 64
-"""Most batches that a method may look at before training."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,13 @@ def train(
         config = parse.parse(config)
     run = RunDirectory(config.output)
     run.must_be_free()
-    return _train(config, run, quiet, resume=False, shelf=shelf or Shelf(), ask=ask)
+    shelf = shelf or Shelf()
+    if not config.stages:
+        return _train(config, run, quiet, resume=False, shelf=shelf, ask=ask)
+    warned = warnings(ahead(config))  # a fault in the last stage is said before the first is paid for
+    if ask is not None and warned and not ask(warned):
+        raise TrainError("not started: it was not wanted with these warnings")
+    return _staged(config, run, quiet, shelf)
 
 
 def resume(path: str | Path, *, quiet: bool = False, shelf: Shelf | None = None) -> Run:
@@ -114,10 +114,32 @@ def resume(path: str | Path, *, quiet: bool = False, shelf: Shelf | None = None)
     one_process()
     run = RunDirectory(path)
     config = parse.parse(run.config())
-    run.last_checkpoint()  # the error comes before the base is loaded
     if run.adapter.exists():
         raise UseError(f"{path} is finished, its adapter is {run.adapter}: start another run to train further")
+    if config.stages:
+        return _staged(config, run, quiet, shelf or Shelf())
+    run.last_checkpoint()  # the error comes before the base is loaded
     return _train(config, run, quiet, resume=True, shelf=shelf or Shelf())
+
+
+def _staged(config: Config, run: RunDirectory, quiet: bool, shelf: Shelf) -> Run:
+    """All stages; the Run is the last one's, with the path and the adapter of the whole."""
+
+    def one(stage: Config) -> Run:
+        return train(stage, quiet=quiet, shelf=shelf)
+
+    def further(stage: RunDirectory) -> Run:
+        return resume(stage.path, quiet=quiet, shelf=shelf)
+
+    last = in_order(config, run, quiet, one, further) or _read(RunDirectory(parse.stages(config)[-1].output))
+    return dataclasses.replace(last, path=run.path, adapter=run.adapter)
+
+
+def _read(run: RunDirectory) -> Run:
+    """A finished run, from its directory."""
+    plan, (end, *_) = run.plan(), run.events("end")[::-1]
+    held = TargetPlan(held_by(str(run.adapter), outline(plan["base"])), plan["base_parameters"])
+    return Run(run.path, run.adapter, held, end["steps"], end["seconds"], end["losses"], recorded(run))
 
 
 def one_process() -> None:
@@ -167,26 +189,32 @@ def _on(
         give_back()
     total, every = steps(config, len(data.encoded))
     set_seed(config.train.seed)
-    plan, parents, remarks = _attach(config, base, run, checkpoint, data)
-    remarks += [*warned, *data.remarks]
+    attached = put_on(config, base, run, checkpoint, data)
+    plan, parents = attached.plan, attached.parents
+    remarks = [*attached.remarks, *warned, *data.remarks]
     known = {**facts(config, base, data, plan, total), "parents": parents, "predicted": predicted}
+    known |= {"parts": [dataclasses.asdict(row) for row in attached.table]} if attached.table else {}
     packing = use_packing(config.data.packing, base.model, lengths(data.encoded), config.train.batch_size)
     score = _scorer(config, base, data, run)
     if resume:
         unchanged(run.plan(), known)
         known["predicted"] = run.plan().get("predicted", {})
-    optimizer = build(groups(base.model, NAME, config.train), config.train)
+    peaks = rates(config.adapter, attached.parts, config.train.learning_rate)
+    optimizer = build(groups(base.model, NAME, config.train, peaks), config.train)
     if not resume:  # not before: what cannot be attached or optimised leaves no run behind
         run.create(config.to_dict(), deltaw.__version__)
     run.write_plan(known)
     progress, stop, events = ProgressBar(quiet), CleanStop(), Events(run)
     _announce(progress, base, data, plan, remarks)
     base.model.train()
+    pictured = data.report.with_images > 0
+    check = GradientCheck(run, NAME, attached.parts, pictured, lambda: trainer.features)
     trainer = AdapterTrainer(
         base.model, run, config.train, total, every, data.encoded, data.held_out,
         Collator(base.tokenizer, packing=packing, processor=base.processor), optimizer,
-        [events, GradientCheck(run, NAME), Steps(base.model, NAME), stop, progress], score, data.kept.files,
+        [events, check, Steps(base.model, NAME), stop, progress], score, data.kept.files,
     )  # fmt: skip
+    exactly(base.model, NAME, [target.site for target in plan.targets], optimizer)  # when all that touches it is there
     general = General(base, NAME, run, data.general, data.held_out, config.train.batch_size)
     run.log("resume" if resume else "start", steps=total, trainable=plan.trainable, environment=environment())
     for remark in remarks:
@@ -223,54 +251,12 @@ def _on(
     state = described(config, base, extract(base.model, NAME), outcome, parents)
     directory.write(state, run.adapter, beside=data.kept.files)
     general.after(reached)
+    if attached.parts is not None:
+        read_back(base, NAME, run.adapter, first_batch(data.encoded, config.train.batch_size))
     findings = ending.diagnosed(run, known, progress.say)
     run.log("end", **outcome)
     write_text(run.path / "report.html", html_report(run))
     return Run(run.path, run.adapter, plan, reached, outcome["seconds"], losses, findings)
-
-
-def _attach(
-    config: Config, base: Base, run: RunDirectory, checkpoint: Path | None, data: Prepared
-) -> tuple[TargetPlan, list[str], list[str]]:
-    """Fresh adapters, those of the checkpoint, or those that the run goes on from; the digests of its parents; and what
-    there is to say of them."""
-    chosen = config.adapter
-    if chosen.start is None and checkpoint is None:
-        plan = attach(
-            base.model, chosen.method, targets=chosen.targets, exclude=chosen.exclude, layers=chosen.layers, name=NAME,
-            batches=_inputs(base, data, config.train.batch_size), weights=_originals(config),
-        )  # fmt: skip
-        return attach_rows(base.model, data.tokens) or plan, [], []
-    remarks = []
-    if checkpoint is not None:  # also where it had a parent, which may be gone; the trainer asks for the base
-        load(base.model, checkpoint / "adapter", name=NAME, allow_base_mismatch=True)
-        parents = run.plan().get("parents", [])
-    else:
-        report = load(base.model, str(chosen.start), name=NAME)
-        parents, remarks = [report.digest], [f"{chosen.start}: {remark}" for remark in report.remarks]
-    trainable(base.model, NAME)
-    return plan_of(base.model, NAME), parents, remarks
-
-
-def _inputs(base: Base, data: Prepared, size: int) -> Iterator[dict[str, Any]]:
-    """The first training rows as inputs of the model, for methods that start from data."""
-    collate, device = Collator(base.tokenizer, processor=base.processor), next(base.model.parameters()).device
-    for first in range(0, min(len(data.encoded), FIRST_BATCHES * size), size):
-        batch = collate(data.encoded[first : first + size])
-        there = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-        yield readable(base.model, there, data.tokens)
-
-
-def _originals(config: Config) -> Callable[[Site], Tensor] | None:
-    """The weights of a base that is quantised here, read when the first is asked for."""
-    if config.quantize == "none":
-        return None
-
-    @functools.cache
-    def whole() -> Any:
-        return load_base(config.model, dtype=config.train.dtype, device=torch.device("cpu")).model
-
-    return lambda site: host_of(whole().get_submodule(site.path), site.slot).weight
 
 
 def _scorer(config: Config, base: Base, data: Prepared, run: RunDirectory) -> Callable[[], Mapping[str, float]] | None:

@@ -70,6 +70,7 @@ class AdapterTrainer(Trainer):
         self.run, self.config, self.held_out, self.sft = run, config, held_out, SFTLoss(model)
         self.every, self.score, self.beside = every, score, beside or {}
         self.last_eval: tuple[int, float] | None = None
+        self.features = False  # has a batch held more than text (images)?
         self.kinds = kinds(model, NAME)
         scheduler = get_scheduler(
             "constant_with_warmup" if config.schedule == "constant" else config.schedule,
@@ -105,6 +106,7 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
+        self.features = self.features or any(tensor.is_floating_point() for tensor in inputs.values())
         total, count = self.sft(inputs)
         loss = total / (count if num_items_in_batch is None else num_items_in_batch)
         for method, there in self.kinds:
