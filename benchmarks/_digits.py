@@ -4,7 +4,6 @@ Images are scikit-learn's handwritten digits (1,797, 8 × 8, real scans), drawn 
 questions about number words from text and never sees an image; two more questions are new to it until stage 2.
 """
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,14 +22,15 @@ from transformers import (
     CLIPModel,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 
+import deltaw
+from benchmarks._vqa import Asked
+
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-SIZE, PATCH, TRAINED_ON = 16, 4, 1300
+SIZE, PATCH = 16, 4
+TRAIN, VALID = 1200, 100
 
 
 def _yes(said: bool) -> str:
@@ -53,25 +53,25 @@ ALL = {**KNOWN, **NEW}
 NAMING = next(iter(KNOWN))
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + ' </s>' }}{% else %}"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-    "{{ '<image>\n' if part.type == 'image' else part.text }}{% endfor %}{% endif %}{{ ' :' }}{% endif %}{% endfor %}"
+    "{{ m.content + ' :' }}{% endif %}{% endfor %}"
 )
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images [N, 8, 8] of 0 to 16 and what they show; `train` and `test` are numbers of images, never shared."""
+    """Images [N, 8, 8] of 0 to 16 and what they show; the lists are numbers of images, none is in two of them."""
 
     images: np.ndarray
     shown: np.ndarray
     train: list[int]
+    valid: list[int]
     test: list[int]
 
 
 def digits() -> Digits:
     found = load_digits()
     order = np.random.default_rng(0).permutation(len(found.images)).tolist()
-    return Digits(found.images, found.target, order[:TRAINED_ON], order[TRAINED_ON:])
+    return Digits(found.images, found.target, order[:TRAIN], order[TRAIN : TRAIN + VALID], order[TRAIN + VALID :])
 
 
 def drawn(image: np.ndarray) -> Image.Image:
@@ -86,23 +86,9 @@ def write_images(data: Digits, folder: Path) -> None:
         drawn(image).save(folder / f"{number}.png")
 
 
-def write_rows(file: Path, asked: Sequence[tuple[str, str, str]]) -> Path:
-    """(image, question, answer) as LLaVA's json."""
-    rows = [
-        {
-            "id": number,
-            "image": image,
-            "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}],
-        }
-        for number, (image, question, answer) in enumerate(asked)
-    ]
-    file.write_text(json.dumps(rows), encoding="utf-8")
-    return file
-
-
-def asked(data: Digits, numbers: Sequence[int], questions: Sequence[str]) -> list[tuple[str, str, str]]:
+def asked(data: Digits, numbers: Sequence[int], questions: Sequence[str]) -> list[Asked]:
     """Every question about every image."""
-    return [(f"{n}.png", question, ALL[question](int(data.shown[n]))) for n in numbers for question in questions]
+    return [(f"images/{n}.png", question, ALL[question](int(data.shown[n]))) for n in numbers for question in questions]
 
 
 def image_processor() -> CLIPImageProcessorPil:
@@ -120,7 +106,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", chat_template=TEMPLATE,
-        extra_special_tokens={"image_token": "<image>"}, clean_up_tokenization_spaces=False,
+        extra_special_tokens=["<image>"], clean_up_tokenization_spaces=False,
     )  # fmt: skip
 
 
@@ -172,23 +158,16 @@ def language(words: PreTrainedTokenizerFast, seed: int, steps: int = 300) -> tup
     return model, descend(model, loss, steps, 2e-3)
 
 
-def assembled(clip: CLIPModel, llama: LlamaForCausalLM, words: PreTrainedTokenizerFast, folder: Path) -> Path:
-    """Tower and language model joined by a new projector, as a folder with its processor."""
-    config = LlavaConfig(
-        vision_config=clip.vision_model.config, text_config=llama.config, vision_feature_layer=-2,
-        vision_feature_select_strategy="default", image_token_index=words.convert_tokens_to_ids("<image>"),
-        image_seq_length=(SIZE // PATCH) ** 2,
-    )  # fmt: skip
-    model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
-    model.model.language_model.load_state_dict(llama.model.state_dict())
-    model.lm_head.load_state_dict(llama.lm_head.state_dict())
-    model.save_pretrained(folder)
-    LlavaProcessor(
-        image_processor(), words, patch_size=PATCH, vision_feature_select_strategy="default", chat_template=TEMPLATE,
-        image_token="<image>", num_additional_image_tokens=1,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
+def assembled(data: Digits, seed: int, folder: Path) -> tuple[Path, dict[str, float]]:
+    """Tower and language model joined by a new projector: a folder that is a base; and how good its parts are."""
+    words = tokenizer()
+    clip, found = tower(data, seed)
+    llama, loss = language(words, seed)
+    for part, model, beside in (("tower", clip, image_processor()), ("language", llama, words)):
+        model.save_pretrained(folder / part)
+        beside.save_pretrained(folder / part)
+    deltaw.assemble(str(folder / "tower"), str(folder / "language"), folder / "base", projector="mlp", seed=seed)
+    return folder / "base", {"tower": found, "language": loss}
 
 
 def descend(model: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float) -> float:
