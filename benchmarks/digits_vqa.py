@@ -17,28 +17,32 @@ from typing import Any
 from benchmarks._common import keep, parser
 from benchmarks._digits import ALL, KNOWN, NAMING, NEW, Digits, assembled, digits, write_images
 from benchmarks._digits import asked as questions
+from benchmarks._pictures import Cell, drawn
 from benchmarks._vqa import Judge, held_out, shares, shuffled, spread, trained, write_rows
 from deltaw import load_base
 from deltaw.runs.directory import RunDirectory
 from deltaw.training.run import Shelf
 
 RATES = {"lora": [2e-3, 5e-3, 1e-2], "full": [3e-4, 1e-3, 3e-3], "projector": [1e-3, 3e-3, 1e-2]}
-"""Tried on seed 0: of LoRA on the language model, of training it whole, of training the projector on in stage 2."""
+"""Tried on seed 0: of LoRA on the language model, of training it whole, of the projector where it alone is trained on."""
 ALIGN = 5e-3
 LORA: dict[str, Any] = {"method": "lora", "rank": 8, "alpha": 16}
 STEPS, BATCH = 300, 32
 ARMS: dict[str, dict[str, str]] = {
+    "base": {},
     "none": {},
     "projector": {"projector": "projector"},
     "fixed": {"language": "lora"},
-    "trained": {"language": "lora", "projector": "projector"},
-    "all": {"language": "lora", "projector": "projector", "vision": "lora"},
+    "trained": {"language": "lora", "projector": "full"},
+    "all": {"language": "lora", "projector": "full", "vision": "lora"},
     "full": {"language": "full"},
 }
-"""Arm of stage 2 → how each part is trained. The vision tower gets its LoRA on attention alone."""
+"""Arm → how each part is trained in stage 2; base: before stage 1. The vision tower gets its LoRA on attention alone."""
 SWEPT = {"lora": "fixed", "full": "full", "projector": "projector"}
 """What is swept → on which arm."""
 CONTROL = "fixed"
+SHOWN = {"stage 1": "none", "stage 2": "fixed"}
+"""Line of the picture → arm."""
 
 
 @dataclass
@@ -68,10 +72,10 @@ class Seed:
     def rows(self, name: str) -> Path:
         return self.work / f"{name}.json"
 
-    def arm(self, name: str, rates: Mapping[str, float]) -> Path:
-        """The adapter of an arm at these rates."""
+    def arm(self, name: str, rates: Mapping[str, float]) -> Path | None:
+        """The adapter of an arm at these rates; None of the base, whose projector is random."""
         if not ARMS[name]:
-            return self.aligned
+            return self.aligned if name == "none" else None
         parts = {part: {**_method(how, part), "learning_rate": rates[how]} for part, how in ARMS[name].items()}
         said = "_".join([name, *(f"{rates[how]:g}" for how in dict.fromkeys(ARMS[name].values()))])
         record = self._record("train", parts, 1e-3, name=f"2-{said}")
@@ -120,6 +124,19 @@ def summary(scores: list[dict[str, float]]) -> dict[str, Any]:
     return {**means, "questions": {question: sum(one[question] for one in scores) / len(scores) for question in ALL}}
 
 
+def picture(seed: Seed, rates: Mapping[str, float]) -> None:
+    """The first test image of every digit with a question about it, and what is said after each stage."""
+    asked = questions(seed.data, seed.data.test, [*ALL])
+    said = {name: seed.judge(str(seed.rows("test")), seed.arm(arm, rates))[1] for name, arm in SHOWN.items()}
+    firsts = [seed.data.shown[seed.data.test].tolist().index(digit) for digit in range(10)]
+    chosen = [first * len(ALL) + number % len(ALL) for number, first in enumerate(firsts)]
+    cells = [
+        Cell(seed.work / asked[n][0], asked[n][1], asked[n][2], {name: words[n] for name, words in said.items()})
+        for n in chosen
+    ]
+    drawn(cells, "digits_vqa")
+
+
 def main(arguments: list[str]) -> None:
     options = parser(__doc__)
     options.add_argument("--seeds", type=int, default=3)
@@ -138,11 +155,12 @@ def main(arguments: list[str]) -> None:
         began = time.process_time()
         for name in arms:
             adapter = seed.arm(name, rates)
-            sizes[name] = RunDirectory(adapter.parent).plan()["trainable"]
+            sizes[name] = RunDirectory(adapter.parent).plan()["trainable"] if adapter else 0
             scores[name].append(seed.score(adapter))
             print(number, name, scores[name][-1], flush=True)
         scores["control"].append(seed.score(seed.arm(CONTROL, rates), "shuffled"))
         seconds.append(seed.seconds + time.process_time() - began)
+    picture(seeds[0], rates)
     keep(
         "digits_vqa",
         {
