@@ -7,8 +7,10 @@ last four are labelled.
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers as t
 
@@ -148,3 +150,33 @@ def inputs(family: str) -> dict[str, Any]:
     if family == "paligemma":
         batch["token_type_ids"] = (labels != -100).long()
     return batch
+
+
+def tokenizer() -> Any:
+    """Characters and the special tokens, with the ids that the models have for them."""
+    words = ["<pad>", "<s>", "</s>", *map(chr, range(32, 127))]
+    words += [f"<{number}>" for number in range(len(words), 128)]
+    words[IMAGE : END + 1] = ["<image>", "<video>", "<start>", "<end>"]
+    table = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="~"))
+    table.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    table.decoder = tokenizers.decoders.Fuse()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    images = {"image_token": "<image>", "video_token": "<video>"}
+    return t.PreTrainedTokenizerFast(
+        tokenizer_object=table, **special, extra_special_tokens=images, additional_special_tokens=["<start>", "<end>"]
+    )
+
+
+def processor() -> Any:
+    """LLaVA's: images of any size become 16×16, which is 16 tokens."""
+    images = t.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return t.LlavaProcessor(
+        images, tokenizer(), patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def save(family: str, folder: Path) -> str:
+    """The model in a folder, with a tokenizer, and LLaVA's with a processor."""
+    model(family).save_pretrained(folder)
+    (processor() if family == "llava" else tokenizer()).save_pretrained(folder)
+    return str(folder)

@@ -67,7 +67,7 @@ def gpt_oss() -> nn.Module:
 
 
 def llava() -> nn.Module:
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision |= {"image_size": 8, "patch_size": 4, "projection_dim": 16}
     text = transformers.LlamaConfig(**SMALL, **HEADS)
     config = transformers.LlavaConfig(
@@ -113,6 +113,7 @@ def raw(folder: Path) -> dict[str, Tensor]:
     return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
 
 
+PARTS = dict.fromkeys(("vision", "projector", "language"), "all-linear")
 CASES: dict[str, tuple[Callable[[], nn.Module], Method, Any]] = {
     "lora": (llama, deltaw.LoRA(rank=4, alpha=12), "all-linear"),
     "rslora": (llama, deltaw.LoRA(rank=8, alpha=8, rslora=True), "all-linear"),
@@ -125,7 +126,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Method, Any]] = {
     "experts, w1 w2 w3": (mixtral, deltaw.LoRA(rank=4, alpha=12), "all-linear"),
     "experts, gate up down": (qwen2_moe, deltaw.LoRA(rank=4, alpha=12), "all-linear"),
     "experts, one tensor, transposed": (gpt_oss, deltaw.LoRA(rank=4, alpha=12), "all-linear"),
-    "vision and language": (llava, deltaw.LoRA(rank=4, alpha=12), "all-linear"),
+    "vision and language": (llava, deltaw.LoRA(rank=4, alpha=12), PARTS),
 }
 
 

@@ -109,7 +109,14 @@ def parsed(given: list[str]) -> Any:
 
 def without_rows(found: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """A configuration in which the rows may be missing, with a name in their place; and whether they are there."""
-    data = found.get("data")
+    data, stages = found.get("data"), found.get("stages")
+    if (
+        isinstance(stages, list)
+        and stages
+        and isinstance(stages[0], dict)
+        and (stages[0].get("data") or {}).get("train")
+    ):
+        return found, True
     if data is not None and not (isinstance(data, dict) and data.get("train") is None):
         return found, True
     return {**found, "data": {**(data or {}), "train": "(none)"}}, False

@@ -1,7 +1,8 @@
 """deltaw plan: what a run would train and learn from, before any weight is loaded."""
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,29 +35,54 @@ def plan(
     shown.writable(html)
     from deltaw.config import parse
 
-    whole, with_data = without_rows(plain(config) or {})
-    given = parse.parse(whole)
+    found, with_data = without_rows(plain(config) or {})
+    given = parse.parse(found)
     from deltaw.core.errors import UseError
-    from deltaw.training.forecast import costs
-    from deltaw.training.outlook import outlook
-    from deltaw.training.prepare import prepare
+    from deltaw.training.stages import ahead
 
-    if html is not None and not with_data:
-        raise UseError("--html shows rows, and the configuration names none: add data.train")
-    data, planned = prepare(given) if with_data else None, outlook(given)
-    record = {} if data is None else shown.record(data, rows)
-    if planned is None:
-        trained = f"goes on from {given.adapter.start}, with its own targets; what it takes is not predicted"
-    else:
-        total, size = planned.plan.base_parameters, 4 * planned.plan.trainable  # trained tensors are fp32
-        record["parameters"] = {"trainable": planned.plan.trainable, "total": total, "adapters": len(planned.plan)}
-        record["trained_bytes"] = size
-        found = costs(given, planned, data, device or ["here"])
-        trained = f"{planned.plan}\nits file takes {size / 1e6:,.2f} MB\n\n{found.pop('text')}"
-        record |= found
+    if html is not None and (not with_data or given.stages):
+        why = (
+            "it is of one run, and the configuration has stages" if given.stages else "the configuration names no rows"
+        )
+        raise UseError(f"--html shows rows, and {why}: {'leave it out' if given.stages else 'add data.train'}")
+    stages = ahead(given, with_data)
+    records, texts = zip(*(_planned(stage, device or ["here"], rows) for stage in stages), strict=True)
+    if given.stages:
+        listed = list(zip(stages, records, texts, strict=True))
+        whole = {"stages": [{"name": s.name, "output": s.config.output, **record} for s, record, _ in listed]}
+        said = [f"{s.name} → {s.config.output}\n\n{_text(text, s.data, rows)}" for s, _, text in listed]
+        show(whole, as_json, "\n\n\n".join(said))
+        return
+    record, trained, data = records[0], texts[0], stages[0].data
     if html is not None and data is not None:
         shown.write_page(html, given.model, trained, data, rows)
-    if data is None:
-        show(record, as_json, trained)
-    elif as_json or not shown.in_colours(trained, data, rows):
-        show(record, as_json, f"{trained}\n\n{shown.text(data, rows)}")
+    if as_json or data is None or not shown.in_colours(trained, data, rows):
+        show(record, as_json, _text(trained, data, rows))
+
+
+def _text(trained: str, data: Any, rows: int) -> str:
+    return trained if data is None else f"{trained}\n\n{shown.text(data, rows)}"
+
+
+def _planned(stage: Any, devices: list[str], rows: int) -> tuple[dict[str, Any], str]:
+    """What one run would train and take, as plain data and for people."""
+    from deltaw.training.forecast import costs
+    from deltaw.training.parts import said, table
+
+    config, data, look = stage.config, stage.data, stage.look
+    record: dict[str, Any] = {} if data is None else shown.record(data, rows)
+    if look is None:
+        return record, f"goes on from {config.adapter.start}, with its own targets; what it takes is not predicted"
+    size = 4 * look.plan.trainable  # trained tensors are fp32
+    record["parameters"] = {
+        "trainable": look.plan.trainable, "total": look.plan.base_parameters, "adapters": len(look.plan),
+    }  # fmt: skip
+    record["trained_bytes"] = size
+    lines = [str(look.plan), f"its file takes {size / 1e6:,.2f} MB"]
+    if look.by_part is not None:
+        parts = table(look.model, config.adapter, look.by_part, config.train.learning_rate)
+        record["parts"] = [dataclasses.asdict(part) for part in parts]
+        lines = [*lines, "", said(parts), *look.by_part.remarks]
+    found = costs(config, look, data, devices)
+    text = "\n".join([*lines, "", found.pop("text")])
+    return record | found, text

@@ -128,11 +128,12 @@ def adapters(model: nn.Module, name: str = "default") -> dict[Site, Adapter]:
     return {site: adapter for site, adapter, _ in found.values()}
 
 
-def kinds(model: nn.Module, name: str = "default") -> list[tuple[Method, list[Adapter]]]:
-    """The adapters of `name` that are trained, by kind of method, each with the method whose hooks speak for all of them."""
+def kinds(model: nn.Module, name: str = "default", *, trained: bool = False) -> list[tuple[Method, list[Adapter]]]:
+    """The adapters of `name` by kind of method, each with the method whose hooks speak for all of them; only those that are
+    trained where that is asked."""
     found: dict[type[Method], tuple[Method, list[Adapter]]] = {}
     for adapter in adapters(model, name).values():
-        if not any(parameter.requires_grad for parameter in adapter.parameters()):
+        if trained and not any(parameter.requires_grad for parameter in adapter.parameters()):
             continue
         found.setdefault(type(adapter.method), (adapter.method, []))[1].append(adapter)
     return list(found.values())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltaw.analysis.norms import norms
 from deltaw.core.attach import extract, fit, insert
-from deltaw.core.base import BaseIdentity, base_modules, base_parameters, identify, quantization
+from deltaw.core.base import BaseIdentity, base_modules, base_parameters, identify, quantization, unwrapped
 from deltaw.core.errors import BaseMismatchError, FileError, faults
 from deltaw.core.host import HostSpec, host_of
 from deltaw.core.method import Site
@@ -25,6 +25,7 @@ from deltaw.core.state import AdapterState
 from deltaw.formats import directory
 from deltaw.formats.layout import Layout
 from deltaw.hosts.linear import TransposedLinearHost
+from deltaw.models.renamed import renamed
 
 log = logging.getLogger("deltaw")
 Answer = Literal["match", "mismatch", "unknown"]
@@ -128,6 +129,7 @@ def load(
     here: which base this is, where `model` does not hold all of its values (`deltaw.models.mapped`).
     """
     stored = directory.open_directory(path, allow_pickle=allow_pickle, strict=strict)
+    stored = renamed(unwrapped(model), stored)
     state, notes = stored.state, list(stored.notes)
     answer, why = _base_answer(model, stored, here)
     if why and not allow_base_mismatch:

@@ -1,4 +1,5 @@
-"""Loading a base: `tiny` (bundled), a local folder, or a hub id → model and tokenizer, frozen and in eval mode.
+"""Loading a base: `tiny` (bundled), a local folder, or a hub id → model and tokenizer, frozen and in eval mode; of a base that
+reads images its processor too.
 
 A local path never touches the network. An adapter's folder is not a base: the error says which base it needs.
 """
@@ -14,6 +15,7 @@ from deltaw.core import plugins
 from deltaw.core.errors import FileError, UseError, did_you_mean
 from deltaw.core.files import read_json
 from deltaw.models import quantize as quantizing
+from deltaw.models.classes import loader
 
 TINY = Path(__file__).parent / "tiny"
 DEFAULT_LENGTH = 2048  # rows of a base that reads more are not longer unless the user says so
@@ -29,7 +31,8 @@ class Base:
     model: nn.Module
     tokenizer: Any
     max_length: int
-    processor: Any = None
+    processor: Any | None = None
+    """transformers' processor of a base that reads images, with `tokenizer` in it; None where it reads text only."""
 
 
 def resolve(name: str) -> str:
@@ -147,15 +150,32 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     return tokenizer, limit_of(config)
 
 
-def load_processor(name: str) -> Any | None:
-    """The processor of a base that reads images, else None; no weight is read. FileError where it cannot be loaded."""
-    transformers = require_transformers()
-    if type(read_config(name)) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+def load_processor(name: str, tokenizer: Any = None) -> Any | None:
+    """transformers' processor of a base that reads images, with `tokenizer` in the place of its own where one is given; None
+    for a base that reads text only. FileError where the folder of the base has no processor, UseError for a missing library."""
+    if not loader(read_config(name), require_transformers()).images:
         return None
     try:
-        return transformers.AutoProcessor.from_pretrained(resolve(name))
+        processor = require_transformers().AutoProcessor.from_pretrained(resolve(name))
+    except ImportError as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise UseError(
+            f"the processor of {name!r} cannot be made: {reason}. Install it, with pip install 'deltaw[vision]' for pillow"
+        ) from None
     except Exception as error:
-        raise unreadable(name, error) from error
+        raise _without_processor(name, " ".join(f"{type(error).__name__}: {error}".split())[:200]) from error
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+        raise _without_processor(name, f"what is there is a {type(processor).__name__}")
+    if tokenizer is not None:
+        processor.tokenizer = tokenizer
+    return processor
+
+
+def _without_processor(name: str, reason: str) -> FileError:
+    return FileError(
+        f"the base {name!r} reads images and has no processor in its folder that can be loaded ({reason}): save one there, "
+        "with processor.save_pretrained"
+    )
 
 
 def limit_of(config: Any) -> int | None:
@@ -167,18 +187,28 @@ def limit_of(config: Any) -> int | None:
 
 
 def load_base(name: str, *, dtype: str = "auto", device: torch.device | None = None, quantize: str = "none") -> Base:
-    """Model and tokenizer of a causal language model, in `dtype` (auto, fp32, bf16), on `device` (best by default).
+    """Model and tokenizer of a language model, and its processor where it reads images; in `dtype` (auto, fp32, bf16), on
+    `device` (best by default).
 
     quantize: none, nf4, nf4-double or int8 (`deltaw.models.quantize`). Raises FileError when the base is not there or
     cannot be read, UseError when it cannot be quantised so, or when transformers or bitsandbytes is not installed.
     """
     quantizing.known(quantize)
-    wanted, source, place = pick_dtype(dtype), resolve(name), device or pick_device()
+    pick_dtype(dtype)
     tokenizer, limit = load_tokenizer(name)
-    transformers = require_transformers()
-    options = quantizing.loading(name, quantize, read_config(name), wanted, place, transformers)
+    processor = load_processor(name, tokenizer)
+    model = load_model(name, dtype=dtype, device=device, quantize=quantize)
+    return Base(name, model, tokenizer, min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH), processor)
+
+
+def load_model(name: str, *, dtype: str = "auto", device: torch.device | None = None, quantize: str = "none") -> Any:
+    """The model of a base alone, as `load_base` has it."""
+    quantizing.known(quantize)
+    wanted, source, place = pick_dtype(dtype), resolve(name), device or pick_device()
+    transformers, config = require_transformers(), read_config(name)
+    options = quantizing.loading(name, quantize, config, wanted, place, transformers)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
+        model = loader(config, transformers).auto.from_pretrained(source, dtype=wanted, **options)
     except Exception as error:
         raise unreadable(name, error) from error
     if name == "tiny":
@@ -186,8 +216,7 @@ def load_base(name: str, *, dtype: str = "auto", device: torch.device | None = N
     if not options:
         model.to(place)
     quantizing.settle(model, name, quantize)
-    model.eval().requires_grad_(False)
-    return Base(name, model, tokenizer, min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH))
+    return model.eval().requires_grad_(False)
 
 
 def read_config(name: str) -> Any:
@@ -218,7 +247,7 @@ def outline(name: str) -> Any:
     config = read_config(name)
     try:
         with torch.device("meta"):
-            return require_transformers().AutoModelForCausalLM.from_config(config)
+            return loader(config, require_transformers()).auto.from_config(config)
     except Exception as error:
         raise unreadable(name, error) from error
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from deltaw.core.base import BaseIdentity, Sample, by_path, called, chosen, identify, places
 from deltaw.core.errors import UseError
-from deltaw.models.base import load_base, read_config, require_transformers
+from deltaw.models.base import load_model, read_config, require_transformers
 from deltaw.models.checkpoint import Checkpoint, folder_of, open_checkpoint
+from deltaw.models.classes import class_for
 from deltaw.models.names import Names, placed
 from deltaw.models.quantize import method_of
 
@@ -96,7 +97,7 @@ def open_base(name: str, paths: Iterable[str], layer: str | None = None) -> Open
         if missing is None:
             return Opened(base.model, base.identity)
         reason = f"{missing}: {base.names.lost.get(missing, 'it lies on disk in pieces')}"
-    model = load_base(name, dtype="fp32", device=torch.device("cpu")).model
+    model = load_model(name, dtype="fp32", device=torch.device("cpu"))
     return Opened(model, identify(model), f"the base was loaded whole ({reason})")
 
 
@@ -114,23 +115,15 @@ def hollow(name: str, layer: str | None = None) -> nn.Module:
 
 
 def class_of(name: str, layer: str | None = None) -> Any:
-    """The class of transformers whose `from_pretrained` loads this base.
-
-    The language model that `load_base` takes, or the class that config.json names, whichever is called `layer` (as the
-    adapter's files say); else the named one, unless that is a bare body without a head.
-    """
-    transformers, config = require_transformers(), read_config(name)
-    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    body = transformers.MODEL_MAPPING.get(type(config), None)
-    called = (getattr(config, "architectures", None) or [""])[0]
-    named = getattr(transformers, called, None) if called else None
-    if causal is not None and (causal.__name__ == layer or named is None or (named is body and called != layer)):
-        return transformers.AutoModelForCausalLM
-    if named is None:
+    """The class of transformers whose `from_pretrained` loads this base (`deltaw.models.classes.class_for`)."""
+    config = read_config(name)
+    found = class_for(config, require_transformers(), layer)
+    if found is None:
+        called = (getattr(config, "architectures", None) or ["none"])[0]
         raise UseError(
-            f"transformers has no class for the base {name!r}: its config.json names {called or 'none'} (architectures)"
+            f"transformers has no class for the base {name!r}: its config.json names {called} (architectures)"
         )
-    return named
+    return found
 
 
 def _everything(model: nn.Module) -> Iterable[tuple[str, Tensor]]:

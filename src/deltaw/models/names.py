@@ -10,7 +10,7 @@ that a change of the parameter in memory is a change of each tensor on disk. A p
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,19 +58,14 @@ def placed(disk: Mapping[str, Shape], memory: Mapping[str, Shape], model: Any) -
     memory: all names of parameters and buffers. The order of renaming is that of transformers' loader (5.23,
     core_model_loading.convert_and_load_state_dict_in_model): all renamings, one converter, then the prefix of the body.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import dot_natural_key
 
-    table, prefix = get_model_conversion_mapping(model), model.base_model_prefix
-    renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+    renamed, converters = _renamer(model, memory)
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     whole: dict[str, list[str]] = {}
     made: dict[str, dict[str, list[str]]] = {}  # parameter → pattern → names on disk, in the loader's order
     for key in sorted(disk, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, memory)
-        if name not in memory and key in memory:
-            name, pattern = rename_source_key(key, [], [], prefix, memory)
+        name, pattern = renamed(key)
         if name in memory and pattern is None:
             whole.setdefault(name, []).append(key)
         elif name in memory:
@@ -95,6 +90,38 @@ def placed(disk: Mapping[str, Shape], memory: Mapping[str, Shape], model: Any) -
     return Names(
         pieces, lost | {name: "it is not on disk" for name in memory if name not in there and name not in lost}
     )
+
+
+def translator(model: Any, memory: Mapping[str, Any]) -> Callable[[str], str | None]:
+    """What files of other versions of transformers call a parameter → its name in `model`, where it is one parameter.
+
+    memory: all names of parameters and buffers.
+    """
+    renamed, _ = _renamer(model, memory)
+
+    def translated(key: str) -> str | None:
+        name, pattern = renamed(key)
+        return name if name in memory and pattern is None else None
+
+    return translated
+
+
+def _renamer(model: Any, memory: Mapping[str, Any]) -> tuple[Callable[[str], tuple[str, str | None]], list[Any]]:
+    """Name on disk → name in memory and the pattern of what makes it from others; and what makes them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    table, prefix = get_model_conversion_mapping(model), model.base_model_prefix
+    renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+
+    def renamed(key: str) -> tuple[str, str | None]:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, memory)
+        if name not in memory and key in memory:
+            name, pattern = rename_source_key(key, [], [], prefix, memory)
+        return name, pattern
+
+    return renamed, converters
 
 
 def _stacked(

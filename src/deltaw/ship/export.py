@@ -39,6 +39,7 @@ from deltaw.models.base import named_base
 from deltaw.models.foreign import placed
 from deltaw.models.mapped import open_base
 from deltaw.models.outlines import outlines
+from deltaw.models.renamed import renamed
 from deltaw.ship import portable, readback
 from deltaw.ship.convert import one_file
 from deltaw.ship.look import Seen, look
@@ -114,6 +115,8 @@ def export(
     must_be_free(target)
     _possible(profile, options)
     stored = directory.open_directory(adapter, allow_pickle=allow_pickle)
+    if profile in ("portable", "peft") and options.seen.outline is not None:
+        stored = renamed(options.seen.outline, stored)
     _does_something(stored.state)
     state = dataclasses.replace(stored.state, meta={**stored.state.meta, "parents": [stored.digest]})
     with whole_folder(target) as draft:
@@ -262,11 +265,8 @@ def _possible(profile: str, o: Options) -> None:
 
 def _trained_quantized(state: AdapterState) -> list[str]:
     held = None if state.base is None else state.base.quantized
-    return (
-        [f"it was trained on the base in {held}: on another copy it differs by what quantising rounds off"]
-        if held
-        else []
-    )
+    said = f"it was trained on the base in {held}: on another copy it differs by what quantising rounds off"
+    return [said] if held else []
 
 
 def _does_something(state: AdapterState) -> None:

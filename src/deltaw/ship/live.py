@@ -24,7 +24,8 @@ from deltaw.methods.token_rows import TokenRows
 from deltaw.models.adapters import LoadReport, load
 from deltaw.models.base import load_base, load_tokenizer, resolve, unreadable
 from deltaw.models.mapped import class_of
-from deltaw.ship.check import Reference, logits, reference, rows_for
+from deltaw.ship.check import Reference, Row, logits, reference, rows_for
+from deltaw.ship.picture import picture
 from deltaw.ship.roundtrip import RoundTrip, decoded, put, round_trip
 
 
@@ -74,15 +75,24 @@ def live(job: Job, tokenizer: bool) -> Live:
     if found is not None:
         ways = {"original": put(model, found.weights), "dequantized": found.weights}
     distances = {}
-    rows = rows_for(model, list(job.route), job.prompts, words) if job.check else []
+    rows, unseen = _rows(model, job, words)
     if found is not None and job.check:
         with use(model, job.route):
-            distances = round_trip(model, ways, found.logits, lambda: [logits(model, ids) for ids in rows])
+            distances = round_trip(model, ways, found.logits, lambda: [logits(model, row) for row in rows])
     if ways:
         put(model, ways[job.into])
     compared = RoundTrip(job.quantize, **distances) if distances else None
-    held = reference(model, job.route, rows, compared) if job.check else None
+    held = reference(model, job.route, rows, compared, unseen) if job.check else None
     return Live(model, words, found.reports if found is not None else reports, held)
+
+
+def _rows(model: nn.Module, job: Job, tokenizer: Any) -> tuple[list[Row], str | None]:
+    """What is to be compared on, and why none of it is a picture where one should be."""
+    if not job.check:
+        return [], None
+    seen = picture(job.model)
+    rows = rows_for(model, list(job.route), job.prompts, tokenizer)
+    return [*rows, *([] if seen.row is None else [seen.row])], seen.lacking
 
 
 def loaded(name: str, layer: str | None = None) -> Any:
@@ -117,9 +127,9 @@ def _trained_on(job: Job) -> _Trained:
     base = load_base(job.model, dtype="fp32", device=torch.device("cpu"), quantize=job.quantize)
     job.kept.give(base.tokenizer)
     reports = load_all(base.model, job, job.allowed)
-    rows = rows_for(base.model, list(job.route), job.prompts, base.tokenizer) if job.check else []
+    rows, _ = _rows(base.model, job, base.tokenizer)
     with use(base.model, job.route):
-        return _Trained(decoded(base.model), [logits(base.model, ids) for ids in rows], reports)
+        return _Trained(decoded(base.model), [logits(base.model, row) for row in rows], reports)
 
 
 def merge_live(there: Live, job: Job) -> MergeReport:

@@ -229,6 +229,7 @@ def _in_memory(job: Job, reason: str, out: _Out) -> Shipped:
         if lost:
             said = [f"{name}: the weight is not finite in {out.dtype or written}" for name in lost]
             raise faults(MergeError, f"{subject(job)} cannot be merged", said)
+        copy_beside(out.source, out.folder, None)
         there.model.save_pretrained(out.folder)
         there.tokenizer.save_pretrained(out.folder)
     held, reports = there.reference, there.reports
@@ -259,8 +260,8 @@ def _checked(
     said = list(dict.fromkeys(remark for report in reports for remark in report.remarks))
     if held is None:
         said.append("its logits were not compared with the adapters' (check left out)")
-    elif held.effect == 0:
-        said.append("the compared rows do not reach what the adapters change: the logits prove nothing here")
+    else:
+        said += held.remarks
     if facts.get("vanished"):
         first = ", ".join(facts["vanished"][:6])
         said.append(

@@ -18,9 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from deltaw.core.adapter import Adapter
 from deltaw.core.attach import adapters, kinds
 from deltaw.core.base import base_parameters
 from deltaw.core.errors import TrainError, faults
+from deltaw.core.method import Site
 from deltaw.core.parts import Parts
 from deltaw.runs.directory import RunDirectory
 from deltaw.training.watch import peak_memory
@@ -89,9 +91,8 @@ class GradientCheck(TrainerCallback):
     def _parts(self, model: nn.Module, dead: list[str]) -> None:
         """TrainError for the parts that get no gradient at all."""
         parts: dict[str | None, list[bool]] = {}
-        for site, adapter in adapters(model, self.name).items() if self.parts is not None else ():
-            if trained(adapter):
-                parts.setdefault(self.parts.of(site.path), []).append(str(site) in dead)
+        for site in _trained(model, self.name) if self.parts is not None else ():
+            parts.setdefault(self.parts.of(site.path), []).append(str(site) in dead)
         found = [
             f"no gradient reaches {part}: {self._why(part)}; freeze it ({part}: frozen), or leave it out"
             for part, gone in parts.items()
@@ -106,10 +107,6 @@ class GradientCheck(TrainerCallback):
         return "is it run under no_grad, read before the layers that are trained, or followed by weights that are zero?"
 
 
-def trained(adapter: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in adapter.parameters())
-
-
 def check_gradients(model: nn.Module, name: str, strict: bool = True) -> list[str]:
     """Sites whose tensors have no non-zero gradient from the loss. TrainError if base tensors have one, or no adapter.
 
@@ -119,9 +116,8 @@ def check_gradients(model: nn.Module, name: str, strict: bool = True) -> list[st
     leaks = [f"{path} is of the base and has a gradient" for path, p in base_parameters(model) if p.grad is not None]
     if leaks:
         raise faults(TrainError, "training would change the base", leaks)
-    there = {site: adapter for site, adapter in adapters(model, name).items() if trained(adapter)}
-    penalties = dict[int, Tensor]()
-    for method, kind in kinds(model, name):
+    there, penalties = _trained(model, name), dict[int, Tensor]()
+    for method, kind in kinds(model, name, trained=True):
         penalty = method.penalty(kind)
         parameters = [p for adapter in kind for p in adapter.parameters()]
         if penalty is not None:
@@ -137,6 +133,10 @@ def check_gradients(model: nn.Module, name: str, strict: bool = True) -> list[st
     return dead
 
 
+def _trained(model: nn.Module, name: str) -> dict[Site, Adapter]:
+    return {s: a for s, a in adapters(model, name).items() if any(p.requires_grad for p in a.parameters())}
+
+
 def _reached(grad: Tensor | None, penalty: Tensor | None) -> bool:
     """Is there more in a gradient than that of the penalty, up to its size and rounding?"""
     if grad is None or not grad.any():
@@ -150,7 +150,7 @@ class Steps(TrainerCallback):
     """Tells the methods of every optimizer step (`Method.after_step`), the gradients still there."""
 
     def __init__(self, model: nn.Module, name: str):
-        self.kinds = kinds(model, name)
+        self.kinds = kinds(model, name, trained=True)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

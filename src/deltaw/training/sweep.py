@@ -76,6 +76,8 @@ def sweep(
 
     record: a configuration as plain data. All cells are validated before the first one is trained.
     """
+    if record.get("stages"):
+        raise ConfigError("a sweep varies single runs: leave stages out")
     output = Path(str(record.get("output") or Config.output))
     cells: list[tuple[dict[str, Any], Config]] = []
     for settings in combinations(axes):

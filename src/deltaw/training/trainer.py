@@ -71,7 +71,7 @@ class AdapterTrainer(Trainer):
         self.every, self.score, self.beside = every, score, beside or {}
         self.last_eval: tuple[int, float] | None = None
         self.features = False  # has a batch held more than text (images)?
-        self.kinds = kinds(model, NAME)
+        self.kinds = kinds(model, NAME, trained=True)
         scheduler = get_scheduler(
             "constant_with_warmup" if config.schedule == "constant" else config.schedule,
             optimizer,
@@ -113,6 +113,8 @@ class AdapterTrainer(Trainer):
             penalty = method.penalty(there)
             if penalty is not None:  # once a step, whatever the accumulation
                 loss = loss + penalty.to(loss.device) / self.current_gradient_accumulation_steps
+        if torch.is_grad_enabled() and not loss.requires_grad:  # text alone runs no tower: it has nothing to teach it
+            return loss.detach().requires_grad_()
         return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
