@@ -1,5 +1,7 @@
 """An assembled model in the hands of the rest: its parts are found, every target gets a gradient, rows with images become batches."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,15 @@ import transformers
 from towers import clip, convnext, language, picture
 
 import deltaw
+from deltaw.cli.main import main
+from deltaw.core.attach import adapters
 from deltaw.core.parts import find
 from deltaw.data.collate import Collator
 from deltaw.data.conversation import IMAGE, Example, Message
 from deltaw.data.encode import Encoded, Policy, encode
 from deltaw.models.assemble import Assembled, assemble
 from deltaw.models.base import load_processor, load_tokenizer, read_config
+from deltaw.ship.merge import merge_to_folder
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +81,70 @@ def test_a_batch_has_both_pictures_and_no_image_token_is_labelled(made: Assemble
     images = batch["input_ids"] == made.image_token_id
     assert images.sum() == made.image_tokens and (batch["labels"][images] == -100).all()
     assert torch.isfinite(opened(made)(**batch).loss)
+
+
+def test_it_opens_like_any_other_base(made: Assembled, tmp_path: Path) -> None:
+    base = deltaw.load_base(str(made.path), dtype="fp32", device=torch.device("cpu"))
+    assert base.processor.image_token_id == made.image_token_id and base.max_length == 128
+    deltaw.attach(base.model, deltaw.LoRA(rank=2), targets={"language": "all-linear", "projector": "all-linear"})
+    with torch.no_grad():
+        for parameter in base.model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    deltaw.save(base.model, tmp_path / "adapter")
+    merged = merge_to_folder(str(made.path), [(str(tmp_path / "adapter"), 1.0)], tmp_path / "merged", dtype="auto")
+    assert merged.effect is not None and merged.effect > 1e-3 > merged.max_logit_difference
+    batch = {name: value for name, value in collated(made, tmp_path).items() if name != "labels"}
+    again = deltaw.load_base(str(tmp_path / "merged"), dtype="fp32", device=torch.device("cpu"))
+    assert again.processor is not None
+    torch.testing.assert_close(again.model(**batch).logits, base.model(**batch).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("projector", ["mlp", "linear", "mining"])
+def test_plan_needs_no_weights(
+    tmp_path: Path, projector: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detail = convnext(tmp_path / "convnext") if projector == "mining" else None
+    bases = clip(tmp_path / "clip"), language(tmp_path / "llama")
+    done = assemble(*bases, tmp_path / "out", projector=projector, detail=detail, weights=False)
+    words = ["plan", f"model={done.path}", "adapter.parts.language=lora", "adapter.parts.projector=full", "--json"]
+    monkeypatch.setattr(sys, "argv", ["deltaw", *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    out, err = capsys.readouterr()
+    assert caught.value.code in (0, None), err
+    record = json.loads(out)
+    assert record["parameters"]["total"] == done.parameters["total"]
+    assert record["parameters"]["trainable"] > done.parameters["projector"] and record["memory"]["peak_bytes"] > 0
+
+
+def test_it_is_trained_in_stages_and_answers(made: Assembled, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": "Hi", "completion": "Hello."}]
+    for seed in range(5):
+        picture(seed).save(tmp_path / f"{seed}.png")
+        asked = {
+            "role": "user",
+            "content": [{"type": "image", "path": f"{seed}.png"}, {"type": "text", "text": "What?"}],
+        }
+        rows.append({"messages": [asked, {"role": "assistant", "content": f"Noise {seed}."}]})
+    for name, some in (("texts", rows[:1]), ("rows", rows[1:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(some), encoding="utf-8")
+    stages = [
+        {"name": "align", "adapter": {"parts": {"projector": "full"}}},
+        {"name": "instruct", "adapter": {"parts": {"projector": "frozen", "language": "lora", "vision": "lora"}}},
+    ]
+    train = {"max_steps": 1, "batch_size": 3, "checkpointing": True}
+    files = [str(tmp_path / "texts.json"), str(tmp_path / "rows.json")]
+    config = {"model": str(made.path), "data": {"train": files, "eval": None}, "train": train, "stages": stages}
+    run = deltaw.train({**config, "output": str(tmp_path / "run")}, quiet=True)
+    base = deltaw.load_base(str(made.path), dtype="fp32", device=torch.device("cpu"))
+    deltaw.load(base.model, str(run.adapter))
+    parts = find(base.model)
+    assert parts is not None and {parts.of(site.path) for site in adapters(base.model)} == {
+        "vision",
+        "projector",
+        "language",
+    }
+    prompts = [[{"role": "user", "content": [{"type": "image", "path": str(tmp_path / "0.png")}]}], "Hi"]
+    answers = deltaw.generate(base.model, base.tokenizer, prompts, processor=base.processor, max_new_tokens=3)
+    assert len(answers) == 2

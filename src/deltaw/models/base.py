@@ -24,8 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base. `name` is what the user wrote; `max_length` the longest row it was made for; `processor` that of a base
-    which reads images."""
+    """A loaded base. `name` is what the user wrote; `max_length` the longest row it was made for."""
 
     name: str
     model: nn.Module

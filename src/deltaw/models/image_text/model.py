@@ -86,6 +86,14 @@ class ImageTextModel(LlavaModel):
             last_hidden_state=found.last_hidden_state, pooler_output=list(self.multi_modal_projector(features, fine))
         )
 
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: Tensor, image_features: Tensor
+    ) -> Tensor:
+        """Where features go, (rows, length, 1); on the meta device, where a step is only planned, they cannot be counted."""
+        if input_ids is not None and input_ids.is_meta:
+            return (input_ids == self.config.image_token_id).unsqueeze(-1)
+        return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)  # type: ignore[no-any-return]
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
