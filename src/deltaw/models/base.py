@@ -19,6 +19,8 @@ from deltaw.models.classes import loader
 
 TINY = Path(__file__).parent / "tiny"
 DEFAULT_LENGTH = 2048  # rows of a base that reads more are not longer unless the user says so
+OURS = "deltaw_image_text"
+"""The model_type of configurations that are of our own class (`deltaw.models.image_text`)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -231,7 +233,7 @@ def config_of(source: str) -> Any:
     """transformers' configuration of a folder or hub id; it learns our own kinds of models when it meets one."""
     transformers = require_transformers()
     record, _ = transformers.PreTrainedConfig.get_config_dict(source)
-    if str(record.get("model_type")).startswith("deltaw_"):
+    if record.get("model_type") == OURS:
         know_our_own()
     return transformers.AutoConfig.from_pretrained(source)
 

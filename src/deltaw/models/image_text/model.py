@@ -35,11 +35,9 @@ class Projector(nn.Module):
 
     def __init__(self, config: ImageTextConfig):
         super().__init__()
-        width, hidden, bias = (
-            config.vision_config.hidden_size,
-            config.text_config.hidden_size,
-            config.multimodal_projector_bias,
-        )
+        vision: Any = config.vision_config
+        text: Any = config.text_config
+        bias, width, hidden = config.multimodal_projector_bias, vision.hidden_size, text.hidden_size
         if config.detail_config is not None:
             self.mining = Mining(width, sum(config.detail_config.hidden_sizes))
         self.linear_1 = nn.Linear(width, hidden, bias=bias)
@@ -61,7 +59,7 @@ class ImageTextModel(LlavaModel):
         tower = AutoModel.from_config(config.vision_config)
         detail = config.detail_config
         self.vision_tower = tower if detail is None else Towers(tower, AutoModel.from_config(detail))
-        self.multi_modal_projector = Projector(config)
+        self.multi_modal_projector: nn.Module = Projector(config)  # type: ignore[assignment]  # another class than LLaVA's
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -83,7 +81,8 @@ class ImageTextModel(LlavaModel):
             seen = towers.detail(pixel_values_detail.to(towers.detail.dtype), output_hidden_states=True)
             fine = joined(seen.hidden_states[-len(config.detail_config.hidden_sizes) :])
         return BaseModelOutputWithPooling(
-            last_hidden_state=found.last_hidden_state, pooler_output=list(self.multi_modal_projector(features, fine))
+            last_hidden_state=found.last_hidden_state,
+            pooler_output=list(self.multi_modal_projector(features, fine)),  # type: ignore[arg-type]  # a list, as LLaVA's
         )
 
     def get_placeholder_mask(
@@ -92,7 +91,8 @@ class ImageTextModel(LlavaModel):
         """Where features go, (rows, length, 1); on the meta device, where a step is only planned, they cannot be counted."""
         if input_ids is not None and input_ids.is_meta:
             return (input_ids == self.config.image_token_id).unsqueeze(-1)
-        return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)  # type: ignore[no-any-return]
+        ids: Any = input_ids
+        return super().get_placeholder_mask(ids, inputs_embeds, image_features)  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -114,7 +114,8 @@ class ImageTextForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, config: ImageTextConfig):
         super(LlavaForConditionalGeneration, self).__init__(config)  # which would build its own body
         self.model = ImageTextModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text: Any = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
     def forward(

@@ -16,9 +16,10 @@ class DetailProcessor(LlavaProcessor):
     """detail: what the image processor is told for the second picture: size, crop_size, image_mean, image_std."""
 
     def __init__(
-        self, image_processor=None, tokenizer=None, patch_size=None, vision_feature_select_strategy=None,
-        chat_template=None, image_token="<image>", num_additional_image_tokens=0, detail=None, **kwargs,
-    ):  # fmt: skip
+        self, image_processor: Any = None, tokenizer: Any = None, patch_size: int | None = None,
+        vision_feature_select_strategy: str | None = None, chat_template: str | None = None, image_token: str = "<image>",
+        num_additional_image_tokens: int = 0, detail: dict[str, Any] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(
             image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
             num_additional_image_tokens, **kwargs,
