@@ -28,7 +28,7 @@ class DetailProcessor(LlavaProcessor):
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
         found, replacements = super()._process_images(images, **kwargs)
-        found["pixel_values_detail"] = self.image_processor(images, **{**kwargs, **self.detail})["pixel_values"]
+        found["pixel_values_detail"] = self.image_processor(images, **{**kwargs, **(self.detail or {})})["pixel_values"]
         return found, replacements
 
     @property
