@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from deltaw.cli import main as cli
 
@@ -296,3 +297,11 @@ def test_ctrl_c_is_one_sentence(rows: Path, tmp_path: Path, wait: float) -> None
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1 and "error: interrupted" in err and "Traceback" not in err
     assert not (tmp_path / "run").exists() or (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_image_before_a_prompt(run, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    code, out, err = run("generate", "What?", "--image", tmp_path / "a.png", "--model", "tiny")
+    assert (code, out) == (2, "") and "prompt 1 holds an image, and this base reads none" in err
+    code, _, err = run("generate", "What?", "--image", tmp_path / "b.png", "--model", "tiny")
+    assert code == 2 and "b.png" in err and "no image" in err

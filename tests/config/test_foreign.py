@@ -125,6 +125,8 @@ def test_adapter_of_llamafactory(changes: dict, expected: dict) -> None:
          {"train": "/d/dataset_info.json#a", "eval": ["/d/dataset_info.json#b", "/d/dataset_info.json#c"]}),
         ({"train_on_prompt": True, "streaming": True}, "data", {"train_on_prompt": True, "streaming": True}),
         ({"mask_history": True}, "data", {"turns": "last"}),
+        ({"dataset": "a", "media_dir": "/m", "max_samples": ...}, "data",
+         {"train": {"path": "data/dataset_info.json#a", "images": "/m"}}),
     ],
 )  # fmt: skip
 def test_the_rest_of_llamafactory(changes: dict, section: str, expected: dict) -> None:

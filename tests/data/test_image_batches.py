@@ -209,7 +209,16 @@ def test_a_long_row_with_images_is_dropped_not_cut(rows: list[Example]) -> None:
     policy = Policy(12, overflow="cut")
     found = [encode(row, tokenizer_of(made), policy, made) for row in rows]
     assert isinstance(found[0], Dropped) and found[0].reason == "longer than 12 tokens"
-    assert encode(rows[1], made.tokenizer, Policy(6, overflow="cut"), made)[0].cut == 3  # type: ignore[index]
+    long = Example((asked("Hi"), Message("assistant", "Yo." * 30)), 5, "row 5")
+    [cut] = encode(long, made.tokenizer, Policy(60, overflow="cut"), made)  # type: ignore[misc]
+    [first, text] = encoded(rows[:2], made)
+    batch = Collator(made.tokenizer, processor=made)([first, cut, text])
+    assert cut.cut == 36 and batch["input_ids"].shape == (3, 60) and batch["pixel_values"].shape[0] == 1
+    for row, ids, mask, labels in zip(
+        [first, cut, text], *map(batch.get, ("input_ids", "attention_mask", "labels")), strict=True
+    ):
+        assert ids[mask.bool()].tolist() == row.ids and labels[1 : len(row.ids)].tolist() == row.labels[1:]
+    assert (batch["input_ids"][0, len(first.ids) :] == made.tokenizer.pad_token_id).all()
 
 
 def test_a_step_learns_what_the_models_own_loss_says(rows: list[Example]) -> None:

@@ -1,7 +1,7 @@
 """deltaw generate: answers of a base with its adapters."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,12 @@ from deltaw.cli.base import Adapters, Dtype, Mismatch, Model, Pickle, Quantize, 
 def generate(
     prompt: Annotated[
         list[str] | None, typer.Argument(help="Prompts; without any, lines from stdin.", show_default=False)
+    ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An image file before each prompt, for bases that read them; may be repeated.", show_default=False
+        ),
     ] = None,
     model: Model = None,
     adapter: Adapters = None,
@@ -42,7 +48,7 @@ def generate(
         answers = answer(
             base.model,
             base.tokenizer,
-            prompts,
+            [pictured(text, image) for text in prompts] if image else prompts,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -50,3 +56,9 @@ def generate(
             processor=base.processor,
         )
     show({"model": base.name, "answers": answers}, as_json, "\n".join(answers))
+
+
+def pictured(text: str, images: list[str]) -> list[dict[str, Any]]:
+    """A prompt behind its images, as messages."""
+    parts = [{"type": "image", "path": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]

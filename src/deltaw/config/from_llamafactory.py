@@ -1,7 +1,7 @@
 """A LLaMA-Factory training YAML → a configuration of ours. Its keys are flat and have defaults of their own.
 
     model_name_or_path, quantization_bit …     model, quantize
-    dataset, dataset_dir, max_samples          data.train: dataset_dir/dataset_info.json#name, rows
+    dataset, dataset_dir, max_samples          data.train: dataset_dir/dataset_info.json#name, rows; media_dir: images
     val_size, eval_dataset, cutoff_len …       data.eval, data.max_length
     lora_* , use_dora, pissa_init …            adapter (through the names of PEFT's LoraConfig)
     learning_rate, num_train_epochs …          train: the names of transformers' TrainingArguments
@@ -85,7 +85,7 @@ REASONS = explained(
         "init_special_tokens resize_vocab",
         "the base is taken as it is": "rope_scaling mixture_of_depths moe_aux_loss_coef train_from_scratch use_llama_pro "
         "split_special_tokens quantization_device_map offload_folder use_fast_tokenizer",
-        "only text is trained": "media_dir image_max_pixels image_min_pixels video_max_pixels video_min_pixels video_fps "
+        "only text is trained": "image_max_pixels image_min_pixels video_max_pixels video_min_pixels video_fps "
         "video_maxlen freeze_vision_tower freeze_multi_modal_projector freeze_language_model audio_sampling_rate",
         "the optimizer is AdamW with β 0.9, 0.999": "use_galore use_apollo use_badam use_adam_mini use_muon adam_beta1 adam_beta2 "
         "adam_epsilon optim_args lr_scheduler_kwargs",
@@ -108,7 +108,7 @@ SIGNS = words(
 """Keys that tell its configurations."""
 KNOWN = words(
     "create_new_adapter quantization_method quantization_type double_quantization dataset eval_dataset val_size train_on_prompt",
-    "mask_history streaming pissa_convert max_steps",
+    "mask_history streaming pissa_convert max_steps media_dir",
     "lr_scheduler_type warmup_ratio warmup_steps bf16 fp16 pure_bf16 optim logging_steps save_steps eval_steps group_by_length",
     "report_to output_dir disable_gradient_checkpointing gradient_checkpointing",
     *ADAPTER,
@@ -172,9 +172,12 @@ def _quantize(given: Given) -> str | None:
 
 def _data(given: Given, cuts: bool) -> dict[str, Any]:
     """cuts: rows are conversations, whose ends it cuts away; texts go in pieces, there and here."""
-    folder, rows = given.take("dataset_dir", "data"), given.take("max_samples")
-    train = _sources(given.take("dataset"), folder, rows)
-    held_out: Any = _sources(given.take("eval_dataset"), folder, rows)
+    folder, own = (
+        given.take("dataset_dir", "data"),
+        {"rows": given.take("max_samples"), "images": given.take("media_dir")},
+    )
+    train = _sources(given.take("dataset"), folder, said(own))
+    held_out: Any = _sources(given.take("eval_dataset"), folder, said(own))
     size = given.take("val_size", 0)
     if size and held_out is None:
         if number(size) and 0 < size < 1:
@@ -194,10 +197,10 @@ def _data(given: Given, cuts: bool) -> dict[str, Any]:
     return {**said(found), "eval": held_out}
 
 
-def _sources(names: Any, folder: str, rows: Any) -> Any:
-    """`alpaca` → data/dataset_info.json#alpaca, with the number of rows where that is given; one alone, or a list."""
+def _sources(names: Any, folder: str, own: dict[str, Any]) -> Any:
+    """`alpaca` → data/dataset_info.json#alpaca, with the fields of a source that are given; one alone, or a list."""
     paths = [name if folder == "ONLINE" else f"{folder}/dataset_info.json#{name}" for name in _names(names)]
-    found = [path if rows is None else {"path": path, "rows": rows} for path in paths]
+    found = [{"path": path, **own} if own else path for path in paths]
     return (found[0] if len(found) == 1 else found) if found else None
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.core.errors import DataError
@@ -36,7 +37,7 @@ class Collator:
 
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
         if any(row.images for row in batch):
-            made = with_images(batch, self.processor, "right")
+            made = with_images(batch, self.processor, "right", self.pad)
             width = made["input_ids"].shape[1]
             labels = [_line([[IGNORE, *row.labels[1:]]], width, IGNORE) for row in batch]
             return {**made, "labels": torch.tensor(labels)}
@@ -67,9 +68,10 @@ class Collator:
         }
 
 
-def with_images(batch: Sequence[Encoded], processor: Any, side: str) -> dict[str, Tensor]:
+def with_images(batch: Sequence[Encoded], processor: Any, side: str, pad: int = 0) -> dict[str, Tensor]:
     """What the processor makes of rows, some with images, padded on `side`: all but labels.
 
+    A row of text that was cut has no text that gives its tokens: it is laid in by hand, padded with `pad` on the right.
     DataError where it reads other tokens than the rows were encoded with.
     """
     if processor is None:
@@ -79,6 +81,8 @@ def with_images(batch: Sequence[Encoded], processor: Any, side: str) -> dict[str
         )
     made = reader(processor).batch([row.text for row in batch], [row.images for row in batch], side)
     made.pop("labels", None)
+    if not all(row.text for row in batch):
+        _lay_in(made, batch, pad)
     for row, ids, mask in zip(batch, made["input_ids"], made["attention_mask"], strict=True):
         read = ids[mask.bool()].tolist()
         if read != row.ids:
@@ -87,6 +91,17 @@ def with_images(batch: Sequence[Encoded], processor: Any, side: str) -> dict[str
                 "was encoded with: this processor writes more than what stands for its images, and cannot be trained with here"
             )
     return made
+
+
+def _lay_in(made: dict[str, Tensor], batch: Sequence[Encoded], pad: int) -> None:
+    shape, width = made["input_ids"].shape, max(len(row.ids) for row in batch)
+    for key, value in made.items():
+        if value.shape == shape:
+            made[key] = F.pad(value, (0, width - shape[1]), value=pad if key == "input_ids" else 0)
+    for number, row in enumerate(batch):
+        if not row.text:
+            made["input_ids"][number, : len(row.ids)] = torch.tensor(row.ids)
+            made["attention_mask"][number, : len(row.ids)] = 1
 
 
 def zeros(ids: Tensor, processor: Any) -> dict[str, Tensor]:

@@ -92,7 +92,7 @@ def encode(row: Example, tokenizer: Any, policy: Policy, processor: Any = None) 
         labels[start:stop] = ids[start:stop]
     images = row.images
     if read is not None and images:
-        silent = read.never_learnt(images, tokenizer)
+        silent = frozenset().union(*(read.never_learnt(image, tokenizer) for image in images))
         labels = [IGNORE if label in silent else label for label in labels]
     over = len(ids) - policy.max_length
     if over > 0 and (policy.overflow == "drop" or images):

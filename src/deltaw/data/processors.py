@@ -35,7 +35,7 @@ def typed(message: Message) -> list[dict[str, str]]:
 
 
 class Reader:
-    """A processor of images beside the tokenizer that texts go through. Made by `reader`."""
+    """A processor of images beside the tokenizer that texts go through; made by `reader`, once for each."""
 
     def __init__(self, processor: Any):
         self.processor, self.name = weakref.proxy(processor), type(processor).__name__
@@ -46,6 +46,8 @@ class Reader:
             )
         self._expanded: dict[tuple[int, int], str] = {}
         self._typed: dict[str, bool] = {}
+        self._parts: dict[str, int] = {}
+        self._silent: dict[tuple[str, str], frozenset[int]] = {}
 
     def written(self, message: Message) -> str:
         """Content as text, with the placeholder where an image stands."""
@@ -110,19 +112,25 @@ class Reader:
 
     def placeholder(self, image: Path, tokenizer: Any) -> int:
         """The id that stands for the parts of an image: the most frequent one of its tokens."""
-        ids = _ids(self.replacement(image), tokenizer)
-        known = [number for number in ids if number in self.image_ids]
-        return Counter(known or ids).most_common(1)[0][0]
+        text = self.replacement(image)
+        if text not in self._parts:
+            ids = _ids(text, tokenizer)
+            known = [number for number in ids if number in self.image_ids]
+            self._parts[text] = Counter(known or ids).most_common(1)[0][0]
+        return self._parts[text]
 
-    def never_learnt(self, images: Sequence[Path], tokenizer: Any) -> set[int]:
-        """Ids that stand for images, or mark where one begins and ends."""
-        own = _ids("".join({self.replacement(image): None for image in images}) + self._around(tokenizer), tokenizer)
-        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        return (special | {number for number in self.image_ids if number is not None}) & {*own, *self.image_ids}
+    def never_learnt(self, image: Path, tokenizer: Any) -> frozenset[int]:
+        """Ids that stand for parts of an image, or mark where one begins and ends; not words that stand beside it."""
+        key = self.replacement(image), str(tokenizer.chat_template)
+        if key not in self._silent:
+            own = _ids(key[0] + self._around(tokenizer), tokenizer)
+            special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+            self._silent[key] = frozenset((special & {*own}) | {*self.image_ids})
+        return self._silent[key]
 
     @functools.cached_property
     def image_ids(self) -> tuple[int, ...]:
-        return tuple(getattr(self.processor, "image_token_ids", None) or ())
+        return tuple(number for number in getattr(self.processor, "image_token_ids", ()) if number is not None)
 
     def _around(self, tokenizer: Any) -> str:
         """What the template itself writes for an image: what a text has more than the same one without."""
