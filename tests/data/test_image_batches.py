@@ -22,12 +22,13 @@ from deltaw.data.images import opened
 from deltaw.data.observed import Observed
 from deltaw.data.page import page
 from deltaw.data.preview import pieces, preview
-from deltaw.data.processors import reader, tokenizer_of
+from deltaw.data.processors import reader
 from deltaw.data.rows import Rows, read_rows
 from deltaw.data.template import TEMPLATES
 from deltaw.infer.evaluate import evaluate, held_out_loss
 from deltaw.infer.generate import generate, prompt_row
 from deltaw.infer.loss import SFTLoss
+from deltaw.models.base import tokenizer_of
 from deltaw.training.prepare import prepare
 
 POLICY = Policy(512)

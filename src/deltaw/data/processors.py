@@ -184,15 +184,6 @@ def reader(processor: Any) -> Reader:
     return _readers[processor]
 
 
-def tokenizer_of(processor: Any) -> Any:
-    """The processor's tokenizer, with the processor's template and a token to pad with."""
-    tokenizer = processor.tokenizer
-    tokenizer.chat_template = getattr(processor, "chat_template", None) or tokenizer.chat_template
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id  # labels come from spans, so that padding as eos is safe
-    return tokenizer
-
-
 def fitting(processor: Any, config: Any, name: str) -> None:
     """UseError where the processor marks images with another token than the model's configuration `name` has."""
     wanted = getattr(config, "image_token_id", None)

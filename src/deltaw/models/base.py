@@ -146,14 +146,19 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
         raise FileError(
             f"the base {name!r} has no tokenizer in its folder: save one there, with tokenizer.save_pretrained"
         )
+    _pad(tokenizer)
+    return tokenizer, limit_of(config)
+
+
+def _pad(tokenizer: Any) -> None:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # labels come from spans, so that padding as eos is safe
-    return tokenizer, limit_of(config)
 
 
 def load_processor(name: str, tokenizer: Any = None) -> Any | None:
     """transformers' processor of a base that reads images, with `tokenizer` in the place of its own where one is given; None
-    for a base that reads text only. FileError where the folder of the base has no processor, UseError for a missing library."""
+    for a base that reads text only. The tokenizer gets the processor's template. FileError where the folder of the base has
+    no processor, UseError for a missing library."""
     if not loader(read_config(name), require_transformers()).images:
         return None
     try:
@@ -169,7 +174,16 @@ def load_processor(name: str, tokenizer: Any = None) -> Any | None:
         raise _without_processor(name, f"what is there is a {type(processor).__name__}")
     if tokenizer is not None:
         processor.tokenizer = tokenizer
+    tokenizer_of(processor)
     return processor
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The processor's tokenizer, with the processor's template and a token to pad with."""
+    tokenizer = processor.tokenizer
+    tokenizer.chat_template = getattr(processor, "chat_template", None) or tokenizer.chat_template
+    _pad(tokenizer)
+    return tokenizer
 
 
 def _without_processor(name: str, reason: str) -> FileError:

@@ -21,7 +21,7 @@ from deltaw.data.kept import Kept, Tokens, add_tokens, read_kept
 from deltaw.data.observed import Observed
 from deltaw.data.preflight import Check, checks, refuse
 from deltaw.data.preview import LEARNT, coloured, preview, shows_colours
-from deltaw.data.processors import fitting, tokenizer_of
+from deltaw.data.processors import fitting
 from deltaw.data.rows import Rows, read_rows
 from deltaw.data.sources import named
 from deltaw.data.stream import Side, stream
@@ -135,7 +135,7 @@ def prepare(config: Config, given: Kept | None = None) -> Prepared:
     sides = [] if d.streaming else _read(d)  # faults of rows come before a tokenizer is looked for
     tokenizer, limit = load_tokenizer(config.model)
     processor = _processor(config, sides)
-    tokenizer = tokenizer if processor is None else tokenizer_of(processor)
+    tokenizer = tokenizer if processor is None else processor.tokenizer
     if d.max_length is not None and limit is not None and d.max_length > limit:
         raise ConfigError(f"data.max_length={d.max_length} is more than {config.model!r} reads: at most {limit} tokens")
     most = longest(config, limit)
