@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks._common import keep, parser
+from deltaw.models.quantize import layers
 from deltaw.planner.memory import weight_bytes
 from deltaw.training.meter import Meter, attention
-from deltaw.training.outlook import base_weights, quantized_layers
+from deltaw.training.outlook import base_weights
 from deltaw.training.rehearsal import QuantizedOutline
 
 GiB, GB = 2**30, 10**9
@@ -127,7 +128,7 @@ def peak(anchor: Anchor) -> int:
         model: Any = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
         base = weight_bytes(base_weights(model), 2, anchor.quantize)
         if anchor.quantize != "none":
-            for layer in quantized_layers(model):
+            for layer in layers(model):
                 layer.__class__ = QuantizedOutline
         lora = peft.LoraConfig(r=anchor.rank, lora_alpha=2 * anchor.rank, target_modules=list(anchor.targets))
         model = peft.get_peft_model(model, lora, autocast_adapter_dtype=anchor.trained == 16)

@@ -21,6 +21,7 @@ from deltaw.methods.token_rows import TokenRows
 from deltaw.models.base import load_base, load_processor, outline
 from deltaw.models.classes import class_for, loader
 from deltaw.models.mapped import class_of
+from deltaw.models.quantize import layers
 
 
 @torch.no_grad()
@@ -152,3 +153,20 @@ def test_names_that_are_nobodys_are_still_refused(tmp_path: Path) -> None:
     save_file({key.replace("linear_1", "linear_9"): tensor for key, tensor in load_file(file).items()}, file)
     with pytest.raises(FileError, match="the model has no such module"):
         deltaw.load(vlm.model("llava"), tmp_path)
+
+
+def test_only_the_language_model_is_quantized(tmp_path: Path) -> None:
+    """The projector can be trained in full beside it, and what a plan counts is what is quantised."""
+    base = load_base(str(vlm.save("llava", tmp_path / "llava")), quantize="nf4", dtype="fp32")
+    parts = find(base.model)
+    assert parts is not None
+    coarse = {path for path, module in base.model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert coarse and {parts.of(path) for path in coarse} == {"language"}
+    hollow = outline(base.name)
+    names = {id(module): path for path, module in hollow.named_modules()}
+    assert {names[id(module)] for module in layers(hollow)} == coarse
+    deltaw.attach(base.model, Full(), targets={"projector": "all"})
+    loss = base.model(**vlm.inputs("llava")).loss
+    loss.backward()
+    trained = [p for p in base.model.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and p.grad.any() for p in trained)

@@ -221,7 +221,7 @@ def load_model(name: str, *, dtype: str = "auto", device: torch.device | None = 
     quantizing.known(quantize)
     wanted, source, place = pick_dtype(dtype), resolve(name), device or pick_device()
     transformers, config = require_transformers(), read_config(name)
-    options = quantizing.loading(name, quantize, config, wanted, place, transformers)
+    options = quantizing.loading(name, quantize, config, wanted, place, transformers, lambda: outline(name))
     try:
         model = loader(config, transformers).auto.from_pretrained(source, dtype=wanted, **options)
     except Exception as error:

@@ -4,19 +4,23 @@
     nf4-double   the scales in 8 bits: 4.13 bits
     int8         8 bits a weight and a scale for each row                  LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339
 
-The head, embeddings and norms stay in the dtype of the base, which is also what the layers compute in.
+The head, embeddings and norms stay in the dtype of the base, which is also what the layers compute in; of a model that reads
+images too, all but its language model: towers and projectors are small, and may be trained in full.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from deltaw.core.base import quantization
+from deltaw.core.base import base_modules, quantization
 from deltaw.core.errors import UseError, did_you_mean
 from deltaw.core.host import host_of
+from deltaw.core.parts import find
 
+LANGUAGE = "language"
 KINDS: dict[str, dict[str, Any]] = {
     "none": {},
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -32,9 +36,13 @@ def known(quantize: str) -> None:
 
 
 def loading(
-    name: str, quantize: str, config: Any, dtype: torch.dtype, device: torch.device, transformers: Any
-) -> dict[str, Any]:
-    """Options of `from_pretrained` for this kind. UseError where it cannot be: already quantised, or not installed."""
+    name: str, quantize: str, config: Any, dtype: torch.dtype, device: torch.device, transformers: Any,
+    outline: Callable[[], nn.Module],
+) -> dict[str, Any]:  # fmt: skip
+    """Options of `from_pretrained` for this kind. UseError where it cannot be: already quantised, or not installed.
+
+    outline: gives the model without its weights, where it has to be asked for its parts.
+    """
     own = method_of(config)
     if own is not None:
         if quantize != "none":
@@ -44,10 +52,21 @@ def loading(
         return {}
     require_bitsandbytes(quantize)
     options = {**KINDS[quantize], **({} if quantize == "int8" else {"bnb_4bit_compute_dtype": dtype})}
+    parts = find(outline())
+    if parts is not None:
+        options["llm_int8_skip_modules"] = [r for part, roots in parts.roots.items() for r in roots if part != LANGUAGE]
     return {
         "quantization_config": transformers.BitsAndBytesConfig(**options),
         "device_map": {"": str(device)},
     }
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """What is quantised of a model that is not yet: the linear layers of the language model, but for the head."""
+    ask: Any = getattr(model, "get_output_embeddings", None)
+    parts, head = find(model), ask() if ask is not None else None
+    linear = [(path, m) for path, m in base_modules(model) if type(m) is nn.Linear and m is not head]
+    return [module for path, module in linear if parts is None or parts.of(path) == LANGUAGE]
 
 
 def method_of(config: Any) -> str | None:

@@ -21,7 +21,7 @@ from deltaw.data.encode import Encoded
 from deltaw.data.store import lengths
 from deltaw.formats import directory
 from deltaw.models.base import DTYPES, limit_of, outline
-from deltaw.models.quantize import method_of
+from deltaw.models.quantize import layers, method_of
 from deltaw.planner.arithmetic import optimizer_steps
 from deltaw.planner.memory import Memory, Weight, optimizer_bytes, weight_bytes
 from deltaw.training.parts import ByPart, by_part, only
@@ -91,9 +91,9 @@ class Outlook:
         kind_of_weights = self.quantized or config.quantize
         if not self._weights:
             self._weights += base_weights(self.model)
-            layers = quantized_layers(self.model) if kind_of_weights != "none" else []
+            rounded = layers(self.model) if kind_of_weights != "none" else []
             everything = (*self.plan.targets, *self.kept)
-            dress(self.model.to(dtype=DTYPES[dtype]), everything, layers)
+            dress(self.model.to(dtype=DTYPES[dtype]), everything, rounded)
             if everything:
                 only(self.model, NAME, [target.site for target in self.plan.targets])
         t = config.train
@@ -207,14 +207,8 @@ def steps(config: Config, rows: int) -> tuple[int, int]:
     return total, every
 
 
-def quantized_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that bitsandbytes quantises: linear ones but for the head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [module for module in model.modules() if type(module) is nn.Linear and module is not head]
-
-
 def base_weights(model: nn.Module) -> list[Weight]:
     """The tensors of a base, and which of them would be quantised."""
-    linear = {id(module.weight) for module in quantized_layers(model)}
+    linear = {id(module.weight) for module in layers(model)}
     tensors = (*model.parameters(), *model.buffers())
     return [Weight(t.numel(), len(t) if t.ndim else 1, id(t) in linear) for t in tensors]
