@@ -103,6 +103,17 @@ def test_what_no_part_owns_is_said_and_the_user_says_whose_it_is() -> None:
     assert told is not None and told.unowned == () and told.of("newline") == told.of("lift.bias") == "projector"
 
 
+class Reads(Sees):
+    """Its encoder is what it gives unasked: one of text (SeamlessM4T, T5Gemma 2)."""
+
+    def get_encoder(self, modality: str | None = None) -> Any:
+        return self.tower
+
+
+def test_an_encoder_of_text_is_no_tower() -> None:
+    assert find(Reads()) is None
+
+
 def test_what_is_given_wins() -> None:
     model = vlm.model("qwen2_vl")
     parts = find(model, {"output_projector": ["mlp.2"], "vision": ["patch_embed"]})  # names, at any depth

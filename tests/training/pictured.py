@@ -12,26 +12,27 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
 
 
-def base(folder: Path, **text: Any) -> Path:
-    """Configuration, weights, tokenizer, processor. text: other sizes of the language model, and `vision` of the tower."""
+def base(folder: Path, *, pixels: int = 16, patch: int = 4, vision: Any = None, **text: Any) -> Path:
+    """Configuration, weights, tokenizer, processor. vision, text: other sizes of the tower and of the language model."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     tower = {
         **sizes,
         "num_hidden_layers": 3,
-        "image_size": 16,
-        "patch_size": 4,
+        "image_size": pixels,
+        "patch_size": patch,
         "projection_dim": 32,
-        **text.pop("vision", {}),
+        **(vision or {}),
     }
     words = {
         **sizes, "vocab_size": 320, "num_hidden_layers": 2, "num_key_value_heads": 2, "max_position_embeddings": 256,
         "pad_token_id": 257, "bos_token_id": 258, "eos_token_id": 256, **text,
     }  # fmt: skip
     processor = llava()
+    processor.image_processor.size, processor.patch_size = {"height": pixels, "width": pixels}, patch
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**tower), text_config=LlamaConfig(**words), image_token_id=processor.image_token_id,
-        image_seq_length=16, vision_feature_layer=-2,
+        image_seq_length=(pixels // patch) ** 2, vision_feature_layer=-2,
     )  # fmt: skip
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)

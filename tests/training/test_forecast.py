@@ -68,7 +68,7 @@ def test_models_of_another_make(said: str, config: t.PretrainedConfig) -> None:
     rows, length = 4, 64
     with torch.device("meta"):
         model = t.AutoModelForCausalLM.from_config(config).requires_grad_(False)
-    dress(model, targets.plan(model, deltaw.LoRA(rank=4), "all-linear"))
+    dress(model, targets.plan(model, deltaw.LoRA(rank=4), "all-linear").targets)
     counted = rehearse(model, rows, length)
     real = t.AutoModelForCausalLM.from_config(config)
     deltaw.attach(real, deltaw.LoRA(rank=4), targets="all-linear")
@@ -88,7 +88,7 @@ def test_an_outline_takes_what_the_model_takes(method: str, options: dict[str, A
     config, chosen, rows, length = llama(), get(method)(**options), 3, 96
     with torch.device("meta"):
         model = t.LlamaForCausalLM(config).requires_grad_(False)
-    dress(model, targets.plan(model, chosen, "all-linear"))
+    dress(model, targets.plan(model, chosen, "all-linear").targets)
     counted = rehearse(model, rows, length, **{"padded": False, **how})
 
     real = t.LlamaForCausalLM(config)
@@ -119,7 +119,7 @@ def test_a_few_layers_stand_for_all() -> None:
     for few in (True, False):
         with torch.device("meta"):
             model = t.LlamaForCausalLM(llama(num_hidden_layers=9)).requires_grad_(False)
-        dress(model, targets.plan(model, deltaw.LoRA(rank=4), "all-linear"))
+        dress(model, targets.plan(model, deltaw.LoRA(rank=4), "all-linear").targets)
         if not few:  # one layer of another kind: nothing may be taken for alike
             model.model.layers[4].self_attn.scaling = 0.1
         found.append(rehearse(model, 2, 64))
@@ -134,7 +134,7 @@ def test_a_rehearsal_leaves_no_trace(how: dict[str, Any], monkeypatch: pytest.Mo
     """The layers stay alike, and what operators give is the same asked once or every time."""
     with torch.device("meta"):
         model = t.LlamaForCausalLM(llama(num_hidden_layers=9)).requires_grad_(False)
-    dress(model, targets.plan(model, deltaw.LoRA(rank=4), "all-linear"))
+    dress(model, targets.plan(model, deltaw.LoRA(rank=4), "all-linear").targets)
     monkeypatch.setattr(rehearsal, "_head_is_all", lambda model: True)  # which would pass through all layers in turn
     first = rehearse(model, 2, 64, **how)
     assert len(model.model.layers) == 9 and rehearsal._alike(model) is not None

@@ -16,7 +16,7 @@ import deltaw
 from deltaw.cli.main import main
 from deltaw.config import parse
 from deltaw.core.attach import adapters, attach, plan_of
-from deltaw.core.errors import TargetError, TrainError
+from deltaw.core.errors import TargetError, TrainError, UseError
 from deltaw.methods.full import Full
 from deltaw.methods.lora import LoRA
 from deltaw.models.base import load_base
@@ -77,6 +77,30 @@ def test_each_part_is_trained_as_it_says(finished: running.Run, base: Path) -> N
     assert ranks == {3}
     loaded = load_base(str(base))
     assert deltaw.load(loaded.model, finished.adapter).base == "match"
+
+
+def test_the_file_says_which_part_is_where(finished: running.Run) -> None:
+    parts = json.loads((finished.adapter / "deltaw.json").read_text(encoding="utf-8"))["meta"]["parts"]
+    assert parts["vision"] == ["model.vision_tower"] and parts["head"] == ["lm_head"]
+
+
+def test_rows_of_new_tokens_beside_parts(base: Path, tmp_path: Path) -> None:
+    """They are trained in the run that adds them, whatever their part; later with their part."""
+    rows = pictured.rows(tmp_path, pictured=4)
+    rows.write_text(rows.read_text().replace('"red."', '"<|c|>"'), encoding="utf-8")
+    record = pictured.config(base, rows, tmp_path / "a", {"projector": "full"})
+    record["data"]["tokens"] = ["<|c|>"]
+    first = deltaw.train(record, quiet=True)
+    table = {row["part"]: row["method"] for row in RunDirectory(first.path).plan()["parts"]}
+    assert table["language"] == table["head"] == "token_rows" and table["projector"] == "full"
+    record = pictured.config(base, rows, tmp_path / "b", {"language": "lora"})
+    record["adapter"]["from"] = str(first.adapter)
+    second = deltaw.train(record, quiet=True)
+    table = {row["part"]: row["method"] for row in RunDirectory(second.path).plan()["parts"]}
+    assert (
+        table["language"] in ("token_rows + lora", "lora + token_rows")
+        and table["head"] == "frozen, keeps its token_rows"
+    )
 
 
 def test_it_goes_on_with_other_parts(finished: running.Run, base: Path, rows: Path, tmp_path: Path) -> None:
@@ -192,6 +216,26 @@ def test_a_part_that_is_not_found_is_named() -> None:
     assert [t.site.path for t in found.plan(model).targets] == ["model.language_model.norm"]
     lines = training.said(training.table(model, config, found, 1e-4)).splitlines()
     assert [line.split()[:2] for line in lines if line.startswith("norm")] == [["norm", "full"]]
+
+
+def test_a_part_that_goes_on_is_planned_from_its_files(finished: running.Run, base: Path) -> None:
+    from deltaw.training.outlook import outlook
+
+    adapter = {"from": str(finished.adapter), "rank": 2, "parts": {"language": "lora", "head": "full"}}
+    look = outlook(parse.parse({"model": str(base), "data": {"train": "x"}, "adapter": adapter}))
+    assert look is not None and look.by_part is not None and look.carried is not None
+    assert {look.by_part.parts.of(t.site.path) for t in look.kept} == {"vision", "projector"}
+    assert len(look.plan) == 15 and len(look.kept) + 14 == len(look.carried)
+
+
+def test_advice_is_of_one_method(base: Path) -> None:
+    from deltaw.training.probe import probe
+    from deltaw.training.situation import situation
+
+    config = parse.parse({"model": str(base), "data": {"train": "x"}, "adapter": {"parts": {"language": "lora"}}})
+    for ask in (situation, probe):
+        with pytest.raises(UseError, match=r"leave adapter.parts out"):
+            ask(config)
 
 
 @pytest.mark.parametrize("family", vlm.FAMILIES)

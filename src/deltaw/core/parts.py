@@ -71,8 +71,9 @@ def _found(model: nn.Module, modules: Mapping[str, nn.Module], names: Sequence[s
     """Roots by the model's own accessors; nothing where it has no encoder beside a decoder."""
     paths = {id(module): path for path, module in modules.items() if path}
     language, head = (_asked(model, paths, ask) for ask in ("get_decoder", "get_output_embeddings"))
+    of_text = _asked(model, paths, "get_encoder")  # not asked for images, and given when asked: it is no tower
     asked = {part: _asked(model, paths, "get_encoder", modality=reads) for part, reads in ENCODERS.items()}
-    towers = {part: path for part, path in asked.items() if path is not None}
+    towers = {part: path for part, path in asked.items() if path is not None and path != of_text}
     if language is None or any(_within(a, b) for t in towers.values() for a, b in ((language, t), (t, language))):
         return {}
     projectors = list(_projectors(modules, names, language))
@@ -85,7 +86,10 @@ def _found(model: nn.Module, modules: Mapping[str, nn.Module], names: Sequence[s
 def _asked(model: nn.Module, paths: Mapping[int, str], accessor: str, **how: str) -> str | None:
     """Path of the module that an accessor of the model gives; None where it has none, or gives the model itself."""
     ask = getattr(model, accessor, None)
-    found = ask(**how) if callable(ask) else None
+    try:
+        found = ask(**how) if callable(ask) else None
+    except (NotImplementedError, TypeError, AttributeError):  # accessors of models that cannot say, or of another kind
+        return None
     return paths.get(id(found))
 
 

@@ -60,7 +60,7 @@ def placed(disk: Mapping[str, Shape], memory: Mapping[str, Shape], model: Any) -
     """
     from transformers.core_model_loading import dot_natural_key
 
-    renamed, converters = _renamer(model, memory)
+    renamed, converters = _renamer(model, memory, model.base_model_prefix)
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     whole: dict[str, list[str]] = {}
     made: dict[str, dict[str, list[str]]] = {}  # parameter → pattern → names on disk, in the loader's order
@@ -95,9 +95,10 @@ def placed(disk: Mapping[str, Shape], memory: Mapping[str, Shape], model: Any) -
 def translator(model: Any, memory: Mapping[str, Any]) -> Callable[[str], str | None]:
     """What files of other versions of transformers call a parameter → its name in `model`, where it is one parameter.
 
-    memory: all names of parameters and buffers.
+    memory: all names of parameters and buffers. A body's own names, without the prefix that they have in the whole model, are
+    of another model and not looked for.
     """
-    renamed, _ = _renamer(model, memory)
+    renamed, _ = _renamer(model, memory, None)
 
     def translated(key: str) -> str | None:
         name, pattern = renamed(key)
@@ -106,12 +107,14 @@ def translator(model: Any, memory: Mapping[str, Any]) -> Callable[[str], str | N
     return translated
 
 
-def _renamer(model: Any, memory: Mapping[str, Any]) -> tuple[Callable[[str], tuple[str, str | None]], list[Any]]:
+def _renamer(
+    model: Any, memory: Mapping[str, Any], prefix: str | None
+) -> tuple[Callable[[str], tuple[str, str | None]], list[Any]]:
     """Name on disk → name in memory and the pattern of what makes it from others; and what makes them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    table, prefix = get_model_conversion_mapping(model), model.base_model_prefix
+    table = get_model_conversion_mapping(model)
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in table if isinstance(entry, WeightConverter)]
 

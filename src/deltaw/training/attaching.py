@@ -78,7 +78,6 @@ def _by_part(config: Config, base: Base, data: Prepared, parents: list[str], rem
     carried = plan_of(model, NAME).targets if NAME in route.names(model) else ()
     rows = bool(config.data.tokens)
     found = by_part(model, chosen, carried, rows)
-    lines = table(model, chosen, found, config.train.learning_rate)
     for part, plan in found.fresh.items():
         wanted = (chosen.parts or {})[part]
         assert wanted is not None and plan
@@ -93,6 +92,7 @@ def _by_part(config: Config, base: Base, data: Prepared, parents: list[str], rem
     trained = [target for target in whole.targets if target.site not in kept]
     only(model, NAME, [target.site for target in trained])
     plan = TargetPlan(tuple(trained), whole.base_parameters, found.plan(model).notes)
+    lines = table(model, chosen, found, config.train.learning_rate, trained)
     return Attached(plan, parents, [*remarks, *found.remarks], found.parts, tuple(lines))
 
 

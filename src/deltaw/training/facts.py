@@ -15,6 +15,7 @@ import deltaw
 from deltaw.config import parse
 from deltaw.config.schema import Config
 from deltaw.core.errors import TrainError, UseError, did_you_mean, faults
+from deltaw.core.parts import Parts
 from deltaw.core.plan import TargetPlan
 from deltaw.data.dataset import digest
 from deltaw.models.base import Base
@@ -72,7 +73,9 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]
         yield path, old, new
 
 
-def described(config: Config, base: Base, state: Any, measured: Mapping[str, Any], parents: list[str]) -> Any:
+def described(
+    config: Config, base: Base, state: Any, measured: Mapping[str, Any], parents: list[str], parts: Parts | None = None
+) -> Any:
     """The state with what a user of the files must know: task, base, template, mask policy, recipe, what was measured."""
     template = getattr(base.tokenizer, "chat_template", None) or ""
     identity = dataclasses.replace(state.base, name=base.name)
@@ -85,6 +88,7 @@ def described(config: Config, base: Base, state: Any, measured: Mapping[str, Any
         "metrics": dict(measured),
         "parents": parents,
     }
+    meta |= {} if parts is None else {"parts": {part: list(roots) for part, roots in parts.roots.items()}}
     return dataclasses.replace(state, base=identity, meta=meta)
 
 

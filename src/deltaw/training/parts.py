@@ -186,14 +186,17 @@ class PartRow:
     base_parameters: int
 
 
-def table(model: nn.Module, chosen: AdapterConfig, found: ByPart, usual: float) -> list[PartRow]:
-    """What is trained of every part, the frozen ones too. model: an outline is enough, without adapters on it."""
+def table(
+    model: nn.Module, chosen: AdapterConfig, found: ByPart, usual: float, attached: Sequence[Target] | None = None
+) -> list[PartRow]:
+    """What is trained of every part, the frozen ones too. model: an outline is enough. attached: what is trained, where that
+    is more than was planned (token rows)."""
     sizes = Counter[str]()
     for path, parameter in base_parameters(model):
         sizes[found.parts.of(path) or "(no part)"] += parameter.numel()
     rate, rows = rates(chosen, found.parts, usual), []
     trained: dict[str, list[Target]] = {}
-    for target in found.plan(model).targets:
+    for target in found.plan(model).targets if attached is None else attached:
         trained.setdefault(found.parts.of(target.site.path) or "(no part)", []).append(target)
     kept = {found.parts.of(target.site.path): target.method.name for target in found.kept}
     for part in [*found.parts.roots, *([] if "(no part)" not in sizes else ["(no part)"])]:

@@ -68,6 +68,9 @@ class Probed:
 def probe(config: Config, batches: int = 4) -> Probed:
     """Look at the first batches of a configuration's rows; UseError where its method has no ranks to share out."""
     method = config.adapter.method
+    if config.stages or config.adapter.parts is not None:
+        given = "stages" if config.stages else "adapter.parts"
+        raise UseError(f"a probe shares out the ranks of one run of one method: leave {given} out")
     if not isinstance(method, LoRA) or config.adapter.start is not None:
         given = "an adapter to go on from" if config.adapter.start is not None else method.name
         raise UseError(f"a probe shares out the ranks of a new lora or dora, not of {given}: set adapter.method: lora")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from deltaw.core.attach import trainable
 from deltaw.core.base import by_path
 from deltaw.core.host import host_of
+from deltaw.core.parts import find
 from deltaw.core.place import place
 from deltaw.core.plan import Target
 from deltaw.fusion.mlp import fused
@@ -234,8 +235,11 @@ def _head_is_all(model: Any) -> bool:
 
 
 def _alike(model: nn.Module) -> nn.ModuleList | None:
-    """The largest list of layers that are all alike, if it is long enough to be worth it."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > FEW[1] + 1]
+    """The largest list of layers that are all alike, if it is long enough to be worth it; none of an image tower, of which
+    models read a layer by its number."""
+    parts = find(model)
+    paths = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > FEW[1] + 1]
+    lists = [m for path, m in paths if parts is None or parts.of(path) != "vision"]
     same = [m for m in lists if len({_signature(layer) for layer in m}) == 1]
     return max(same, key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
 

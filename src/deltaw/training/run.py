@@ -248,7 +248,7 @@ def _on(
         "memory_increment": watch.rise,
         "step_seconds": events.step_seconds,
     }
-    state = described(config, base, extract(base.model, NAME), outcome, parents)
+    state = described(config, base, extract(base.model, NAME), outcome, parents, attached.parts)
     directory.write(state, run.adapter, beside=data.kept.files)
     general.after(reached)
     if attached.parts is not None:

@@ -23,6 +23,9 @@ from deltaw.training.prepare import prepare
 def situation(config: Config, *, data: bool = True) -> Situation:
     """data: whether the configuration names rows; without them nothing is said of steps and capacity."""
     chosen, train = config.adapter, config.train
+    if config.stages or chosen.parts is not None:
+        given = "stages" if config.stages else "adapter.parts"
+        raise UseError(f"advice is for one run of one method: leave {given} out to be advised")
     look = outlook(config)
     if look is None:
         raise UseError(
