@@ -110,7 +110,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def tower(data: Digits, seed: int, steps: int = 350) -> tuple[CLIPModel, float]:
+def tower(data: Digits, seed: int, steps: int) -> tuple[CLIPModel, float]:
     """CLIP trained on digits and their captions; and the share of test images whose caption it finds."""
     torch.manual_seed(seed)
     size = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4}
@@ -137,7 +137,7 @@ def _pixels(data: Digits) -> Tensor:
     return image_processor()([drawn(image) for image in data.images], return_tensors="pt").pixel_values
 
 
-def language(words: PreTrainedTokenizerFast, seed: int, steps: int = 300) -> tuple[LlamaForCausalLM, float]:
+def language(words: PreTrainedTokenizerFast, seed: int, steps: int) -> tuple[LlamaForCausalLM, float]:
     """A Llama that knows four facts about each number word, from text alone; and its last loss."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -158,16 +158,16 @@ def language(words: PreTrainedTokenizerFast, seed: int, steps: int = 300) -> tup
     return model, descend(model, loss, steps, 2e-3)
 
 
-def assembled(data: Digits, seed: int, folder: Path) -> tuple[Path, dict[str, float]]:
-    """Tower and language model joined by a new projector: a folder that is a base; and how good its parts are."""
+def assembled(data: Digits, seed: int, folder: Path, steps: tuple[int, int] = (350, 300)) -> dict[str, float]:
+    """Tower and language model joined by a new projector: folder/base. Returns how good its parts are. steps: of training each."""
     words = tokenizer()
-    clip, found = tower(data, seed)
-    llama, loss = language(words, seed)
+    clip, found = tower(data, seed, steps[0])
+    llama, loss = language(words, seed, steps[1])
     for part, model, beside in (("tower", clip, image_processor()), ("language", llama, words)):
         model.save_pretrained(folder / part)
         beside.save_pretrained(folder / part)
     deltaw.assemble(str(folder / "tower"), str(folder / "language"), folder / "base", projector="mlp", seed=seed)
-    return folder / "base", {"tower": found, "language": loss}
+    return {"tower": found, "language": loss}
 
 
 def descend(model: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float) -> float:

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,16 @@ def shuffled(asked: Sequence[Asked]) -> list[Asked]:
     """The same questions, each about an image that another row has: what is right without looking at the image."""
     order = torch.randperm(len(asked), generator=torch.Generator().manual_seed(0)).tolist()
     return [(asked[other][0], question, answer) for (_, question, answer), other in zip(asked, order, strict=True)]
+
+
+def made(folder: Path, make: Callable[[Path], dict[str, float]]) -> dict[str, float]:
+    """What `make` says of the pieces that it writes into the folder; said again, not made again, where they are there."""
+    said = folder / "pieces.json"
+    if not said.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        said.write_text(json.dumps(make(folder)), encoding="utf-8")
+    found: dict[str, float] = json.loads(said.read_text(encoding="utf-8"))
+    return found
 
 
 def trained(record: Mapping[str, Any], shelf: Shelf) -> Path:

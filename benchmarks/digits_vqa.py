@@ -18,7 +18,7 @@ from benchmarks._common import keep, parser
 from benchmarks._digits import ALL, KNOWN, NAMING, NEW, Digits, assembled, digits, write_images
 from benchmarks._digits import asked as questions
 from benchmarks._pictures import Cell, drawn
-from benchmarks._vqa import Judge, held_out, shares, shuffled, spread, trained, write_rows
+from benchmarks._vqa import Judge, held_out, made, shares, shuffled, spread, trained, write_rows
 from deltaw import load_base
 from deltaw.runs.directory import RunDirectory
 from deltaw.training.run import Shelf
@@ -62,7 +62,9 @@ class Seed:
                                      ("valid", self.data.valid, [*ALL]), ("test", self.data.test, [*ALL])):  # fmt: skip
             write_rows(self.rows(name), questions(self.data, numbers, asked))
         write_rows(self.rows("shuffled"), shuffled(questions(self.data, self.data.test, [*ALL])))
-        self.base, self.quality = assembled(self.data, self.number, self.work / f"seed-{self.number}")
+        folder = self.work / f"seed-{self.number}"
+        self.base = folder / "base"
+        self.quality = made(folder, lambda place: assembled(self.data, self.number, place))
         self.judge = Judge(load_base(str(self.base), dtype="fp32"))
         self.aligned = trained(
             self._record("align", {"projector": {"method": "full"}}, ALIGN, name="1-align"), self.shelf

@@ -18,6 +18,7 @@ from deltaw.planner.evidence import Claim, topics
 from deltaw.planner.evidence import table as claims
 
 sys.path.insert(0, str(Path(__file__).parent))
+from images_page import images
 from measured_pages import costs_page, grid, memory_page, results
 
 ROOT = Path(__file__).parent.parent
@@ -180,7 +181,7 @@ def measurements_page() -> str:
             for side in ("base", "lora", "full")
         ]
         page += grid(["", metric.replace("_", " "), "held-out loss"], rows)
-    return page
+    return page + images()
 
 
 ADVICE = """# Advice, and popular rules answered
