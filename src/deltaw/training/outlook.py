@@ -26,13 +26,17 @@ from deltaw.planner.arithmetic import optimizer_steps
 from deltaw.planner.memory import Memory, Weight, optimizer_bytes, weight_bytes
 from deltaw.training.parts import ByPart, by_part, only
 from deltaw.training.prepare import Prepared, longest
-from deltaw.training.rehearsal import NAME, Counted, dress, rehearse
+from deltaw.training.rehearsal import NAME, Counted, Feature, dress, rehearse
 from deltaw.training.watch import holes
 
 OVERHEAD = {("cpu", "fp32"): 24_000_000, ("cpu", "bf16"): 9_000_000}
 CARD = 34_000_000
 """Bytes that libraries take for themselves once a step has run: modules that are imported late, MKL's buffers for products in fp32,
 on a card cuBLAS' workspace (docs/memory.md)."""
+
+
+BESIDE = ("input_ids", "attention_mask", "position_ids", "labels")
+"""Of a batch, what texts have too."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Batch:
     length: int
     padded: bool = True
     supervised: float = 1.0
-    features: tuple[tuple[str, tuple[int, ...], str], ...] = ()
+    features: tuple[Feature, ...] = ()
     """What the model takes beside ids: names, shapes and dtypes (pixel_values, …)."""
     images: bool = False
     """Do rows hold images, in this batch or in others?"""
@@ -149,14 +153,9 @@ def outlook(config: Config, carried: Sequence[Target] | None = None) -> Outlook 
 def held_by(folder: str, model: nn.Module) -> tuple[Target, ...]:
     """What an adapter's files hold, as targets on the outline of its base; sites that the base lacks are left to `load`."""
     state, there = directory.read(folder)[0], by_path(model)
+    sizes = {site: sum(tensor.numel() for tensor in own.values()) for site, own in state.tensors.items()}
     return tuple(
-        Target(
-            site,
-            type(there[site.path]).__name__,
-            state.specs[site],
-            method,
-            sum(t.numel() for t in state.tensors[site].values()),
-        )
+        Target(site, type(there[site.path]).__name__, state.specs[site], method, sizes[site])
         for site, method in state.methods.items()
         if site.path in there and site in state.specs
     )
@@ -180,23 +179,18 @@ def widest(config: Config, data: Prepared | None, limit: int | None) -> Batch:
     return Batch(len(order), found[order[0]], size > 1 and min(found) != max(found), share, features, pictured)
 
 
-def _features(rows: Sequence[Encoded], data: Prepared) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+def _features(rows: Sequence[Encoded], data: Prepared) -> tuple[Feature, ...]:
     """Names, shapes and dtypes of what a batch of these rows holds beside ids; of the first row with images where they have none."""
     chosen = list(rows)
     if not any(row.images for row in chosen):
         chosen[-1] = next(row for row in data.encoded if row.images)
     made = Collator(data.tokenizer, processor=data.processor)(chosen)
-    return tuple(
-        (
-            name,
-            (len(rows), max(len(row.ids) for row in rows))
-            if tensor.shape == made["input_ids"].shape
-            else tuple(tensor.shape),
-            str(tensor.dtype).removeprefix("torch."),
-        )
-        for name, tensor in made.items()
-        if name not in ("input_ids", "attention_mask", "position_ids", "labels")
-    )
+    whole, width = made["input_ids"].shape, max(len(row.ids) for row in rows)
+    more = {name: tensor for name, tensor in made.items() if name not in BESIDE}
+    shapes = {
+        name: (len(rows), width) if tensor.shape == whole else tuple(tensor.shape) for name, tensor in more.items()
+    }
+    return tuple((name, shapes[name], str(tensor.dtype).removeprefix("torch.")) for name, tensor in more.items())
 
 
 def steps(config: Config, rows: int) -> tuple[int, int]:
