@@ -40,7 +40,7 @@ def drawn(cells: Sequence[Cell], name: str) -> Path:
                 colour = RIGHT if words == cell.answer else WRONG
                 down = -0.08 - 0.15 * line
                 place.text(0.5, down, f"{who}: {words}", color=colour, ha="center", va="top", transform=place.transAxes)
-        figure.tight_layout()
+        figure.tight_layout(h_pad=1.5)
         FOLDER.mkdir(parents=True, exist_ok=True)
         figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
         pyplot.close(figure)

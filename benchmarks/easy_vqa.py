@@ -82,7 +82,7 @@ class Seed:
     def _record(self, rows: str, base: str, parts: dict[str, Any], rate: float, steps: int) -> dict[str, Any]:
         return {
             "model": base,
-            "data": {"train": self.rows[rows], "eval": self.rows["valid"]},
+            "data": {"train": self.rows[rows], "eval": None if self.number else self.rows["valid"]},
             "adapter": {**LORA, "parts": parts},
             "train": {
                 "max_steps": steps, "batch_size": BATCH, "learning_rate": rate, "seed": self.number, "dtype": "fp32",
@@ -126,7 +126,8 @@ def main(arguments: list[str]) -> None:
         for name, scored in (("stage 1", (None,)), ("stage 2", (adapter,)), ("shuffled", (adapter, "shuffled"))):
             scores[name].append(seed.score(*scored))
             print(number, name, scores[name][-1], flush=True)
-        seconds.append(seed.seconds + time.process_time() - began)
+        if number or args.seeds == 1:  # of the first, stage 2 ran before, to choose the rate
+            seconds.append(seed.seconds + time.process_time() - began)
     picture(seeds[0], rate)
     keep(
         "easy_vqa",
