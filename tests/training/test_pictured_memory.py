@@ -16,7 +16,7 @@ from deltaw.core import targets
 from deltaw.core.attach import attach
 from deltaw.infer.loss import SFTLoss
 from deltaw.models.base import outline
-from deltaw.training.forecast import TOWER
+from deltaw.training.forecast import ROWLESS, TOWER
 from deltaw.training.meter import Meter
 from deltaw.training.rehearsal import Counted, dress, rehearse
 from deltaw.training.watch import THRESHOLD
@@ -91,6 +91,7 @@ def test_plan_says_what_is_not_counted(tmp_path: Path, monkeypatch: pytest.Monke
     assert look is not None
     found = costs(config, look, prepare(config), ["here"])
     assert found["notes"] == [TOWER] and f"note: {TOWER}" in found["text"]
+    assert costs(config, look, None, ["here"])["notes"] == [ROWLESS]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much a process has taken since a moment")

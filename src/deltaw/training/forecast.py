@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from deltaw.config.schema import Config
+from deltaw.core.parts import find
 from deltaw.core.plan import Target
 from deltaw.methods.full import Full
 from deltaw.models.base import pick_device
@@ -21,6 +22,7 @@ from deltaw.training.outlook import Batch, Outlook, outlook, steps, widest
 from deltaw.training.prepare import Prepared, longest
 
 TOWER = "the activations of the image tower are not counted: without its numbers this model does not run on images"
+ROWLESS = "images are not counted: without rows (data.train) their number and size are not known"
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def forecast(config: Config, look: Outlook, batch: Batch, device: Device) -> For
     counted, memory = look.count(config, batch, device.kind, dtype)
     taken = config.train.gradient_accumulation * seconds(counted.work, device, dtype)
     notes = () if counted.features and (batch.features or not batch.images) else (TOWER,)
+    if batch.images is None and find(look.model) is not None:
+        notes = (ROWLESS,)
     return Forecast(device, dtype, batch, memory, taken, memory.peak <= room(device), notes)
 
 

@@ -49,8 +49,8 @@ class Batch:
     supervised: float = 1.0
     features: tuple[Feature, ...] = ()
     """What the model takes beside ids: names, shapes and dtypes (pixel_values, …)."""
-    images: bool = False
-    """Do rows hold images, in this batch or in others?"""
+    images: bool | None = None
+    """Do rows hold images, in this batch or in others? None where there are no rows to ask."""
 
 
 @dataclass
