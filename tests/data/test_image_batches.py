@@ -24,6 +24,7 @@ from deltaw.data.page import page
 from deltaw.data.preview import pieces, preview
 from deltaw.data.processors import reader
 from deltaw.data.rows import Rows, read_rows
+from deltaw.data.store import Store
 from deltaw.data.template import TEMPLATES
 from deltaw.infer.evaluate import evaluate, held_out_loss
 from deltaw.infer.generate import generate, prompt_row
@@ -138,9 +139,7 @@ def test_a_batch_of_text_alone(processor: Any, rows: list[Example]) -> None:
     assert all(torch.equal(batch[key], plain[key]) for key in plain)
     theirs = processor(text=[row.text for row in texts], add_special_tokens=False, padding=True, return_tensors="pt")
     assert all(torch.equal(batch[key], theirs[key]) for key in theirs)
-    packed = Collator(words, packing=True, processor=processor)
-    assert "position_ids" in packed(texts)
-    assert "position_ids" not in packed(encoded(rows, processor))  # rows with images share no line
+    assert "position_ids" in Collator(words, packing=True, processor=processor)(texts)
 
 
 def test_images_are_never_learnt(processor: Any, rows: list[Example]) -> None:
@@ -331,12 +330,15 @@ def test_rows_are_prepared_with_the_processor_of_the_base(base_folder: Path, tmp
     assert "⟨image×16⟩" in str(prepared.coloured())
     check = {check.name: check for check in prepared.checks}["images"]
     assert check.verdict == "fine" and check.found.startswith("3 in 3 of 4 rows, 48 tokens (16 an image), ")
-    batch = Collator(prepared.tokenizer, processor=prepared.processor)(prepared.encoded)
+    collate = Collator(prepared.tokenizer, processor=prepared.processor)
+    batch = collate(prepared.encoded)
     assert batch["pixel_values"].shape == (3, 3, 16, 16)
     plain = prepare(parse({**config, "data": {**config["data"], "template": "plain"}}))  # type: ignore[dict-item]
     assert plain.previews(1)[0].startswith("### user:\n⟨image×16⟩Which?</s>")
-    with pytest.raises(DataError, match=r"holds an image, data.streaming keeps tokens only"):
-        prepare(parse({**config, "data": {**config["data"], "streaming": True}}))  # type: ignore[dict-item]
+    streamed = prepare(parse({**config, "data": {**config["data"], "streaming": True}}))  # type: ignore[dict-item]
+    assert isinstance(streamed.encoded, Store) and list(streamed.encoded) == list(prepared.encoded)
+    assert streamed.report == prepared.report and digest(streamed.encoded) == digest(prepared.encoded)
+    assert torch.equal(collate(streamed.encoded[:2])["pixel_values"], batch["pixel_values"][:2])
     (tmp_path / "rows.jsonl").write_text(json.dumps(given[-1]) + "\n")
     text = prepare(parse({**config, "data": {**config["data"], "streaming": True}}))  # type: ignore[dict-item]
     assert text.report.images == 0 and "images" not in {check.name for check in text.checks}

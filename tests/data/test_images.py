@@ -218,5 +218,5 @@ def test_a_base_of_text_reads_no_images(folder: Path) -> None:
     ):
         prepare(parse(given))
     given["data"]["streaming"] = True  # type: ignore[index]
-    with pytest.raises(DataError, match=r"line 2 holds an image, data.streaming keeps tokens only: set it to false"):
+    with pytest.raises(DataError, match=r"line 2 holds an image, and this base reads none: choose one that does"):
         prepare(parse(given))

@@ -4,8 +4,9 @@
     packed   short rows share a line, none is cut and none is moved to another batch:
              input_ids, position_ids, labels [G, T], G ≤ B, T the longest row
 
-With images (the base's processor then makes the batch, no row is packed, each row's tokens are seen to be those it was
-encoded with) also pixel_values and whatever else this model takes: token_type_ids, image_grid_thw, pixel_attention_mask …
+With images (the base's processor then reads the rows, and each row's tokens are seen to be those it was encoded with) also
+pixel_values and whatever else this model takes: token_type_ids, image_grid_thw, pixel_attention_mask … Of packed rows the
+images come in the order in which their tokens stand.
 
 In a packed line positions start again with every row and no attention mask is passed: transformers then keeps the rows
 apart by their positions. Passing a mask of ones would let them see each other.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from deltaw.core.errors import DataError
 from deltaw.data.encode import IGNORE, Encoded
-from deltaw.data.processors import reader
+from deltaw.data.processors import ASIDE, reader
 
 
 def padding(tokenizer: Any) -> int:
@@ -36,27 +37,27 @@ class Collator:
         self.pad, self.packing, self.processor = padding(tokenizer), packing, processor
 
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
-        if any(row.images for row in batch):
-            made = with_images(batch, self.processor, "right", self.pad)
-            width = made["input_ids"].shape[1]
-            labels = [_line([[IGNORE, *row.labels[1:]]], width, IGNORE) for row in batch]
-            return {**made, "labels": torch.tensor(labels)}
-        made = self._texts(batch)
-        return made if self.processor is None else {**made, **zeros(made["input_ids"], self.processor)}
-
-    def _texts(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
         width = max(len(row.ids) for row in batch)
         lines = pack([len(row.ids) for row in batch], width) if self.packing else [[n] for n in range(len(batch))]
-        rows = [[batch[number] for number in line] for line in lines]
+        return self.laid([[batch[number] for number in line] for line in lines], width, self.packing)
+
+    def laid(self, lines: Sequence[Sequence[Encoded]], width: int, packed: bool) -> dict[str, Tensor]:
+        """These rows in these lines of `width`; more than one in a line only where they are packed."""
+        made = self._texts(lines, width, packed)
+        if any(row.images for line in lines for row in line):
+            return {**self._beside(lines, width), **made}
+        return made if self.processor is None else {**made, **zeros(made["input_ids"], self.processor)}
+
+    def _texts(self, lines: Sequence[Sequence[Encoded]], width: int, packed: bool) -> dict[str, Tensor]:
         result = {
-            "input_ids": torch.tensor([_line([row.ids for row in line], width, self.pad) for line in rows]),
+            "input_ids": torch.tensor([_line([row.ids for row in line], width, self.pad) for line in lines]),
             # the first token of a row is predicted from nothing
             "labels": torch.tensor(
-                [_line([[IGNORE, *row.labels[1:]] for row in line], width, IGNORE) for line in rows]
+                [_line([[IGNORE, *row.labels[1:]] for row in line], width, IGNORE) for line in lines]
             ),
         }
-        if self.packing:
-            positions = [[list(range(len(row.ids))) for row in line] for line in rows]
+        if packed:
+            positions = [[list(range(len(row.ids))) for row in line] for line in lines]
             left = [width - sum(map(len, line)) for line in positions]
             lines_of_positions = [
                 _line([*line, list(range(n))], width, 0) for line, n in zip(positions, left, strict=True)
@@ -64,8 +65,21 @@ class Collator:
             return {**result, "position_ids": torch.tensor(lines_of_positions)}
         return {
             **result,
-            "attention_mask": torch.tensor([_line([[1] * len(row.ids) for row in line], width, 0) for line in rows]),
+            "attention_mask": torch.tensor([_line([[1] * len(row.ids) for row in line], width, 0) for line in lines]),
         }
+
+    def _beside(self, lines: Sequence[Sequence[Encoded]], width: int) -> dict[str, Tensor]:
+        """What the model takes beside ids and masks; what has a number for each token is laid into lines like them."""
+        rows = [row for line in lines for row in line]
+        made = with_images(rows, self.processor, "right", self.pad)
+        shape = made["input_ids"].shape
+
+        def lined(value: Tensor) -> Tensor:
+            told = iter(value.tolist())
+            return value.new_tensor([_line([next(told)[: len(row.ids)] for row in line], width, 0) for line in lines])
+
+        found = {key: value for key, value in made.items() if key not in ASIDE}
+        return {key: lined(value) if value.shape == shape else value for key, value in found.items()}
 
 
 def with_images(batch: Sequence[Encoded], processor: Any, side: str, pad: int = 0) -> dict[str, Tensor]:

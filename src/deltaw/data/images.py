@@ -137,7 +137,7 @@ def look(path: Path) -> Look:
     return _looked(path, state.st_mtime_ns, state.st_size)
 
 
-@functools.cache
+@functools.lru_cache(1 << 18)  # some 150 MB; of more files some are read twice
 def _looked(path: Path, changed: int, length: int) -> Look:
     data = path.read_bytes()
     with pillow().open(io.BytesIO(data)) as image:

@@ -55,8 +55,6 @@ def stream(
                     break
                 continue
             form, row = one
-            if row.images:
-                raise DataError(f"{row.where} holds an image, data.streaming keeps tokens only: set it to false")
             if not counts:
                 fitting({form}, name, objective, pairs)
             counts[form] += 1

@@ -5,6 +5,7 @@ run.adapter, run.losses["held_out"]
 """
 
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -194,7 +195,12 @@ def _on(
     remarks = [*attached.remarks, *warned, *data.remarks]
     known = {**facts(config, base, data, plan, total), "parents": parents, "predicted": predicted}
     known |= {"parts": [dataclasses.asdict(row) for row in attached.table]} if attached.table else {}
-    packing = use_packing(config.data.packing, base.model, lengths(data.encoded), config.train.batch_size)
+    pictured = data.report.with_images > 0
+    collate = Collator(base.tokenizer, packing=True, processor=base.processor)
+    some = list(itertools.islice((row for row in data.encoded if row.images), 2)) if pictured else []
+    collate.packing = use_packing(
+        config.data.packing, base.model, lengths(data.encoded), config.train.batch_size, some, collate
+    )
     score = _scorer(config, base, data, run)
     if resume:
         unchanged(run.plan(), known)
@@ -207,11 +213,10 @@ def _on(
     progress, stop, events = ProgressBar(quiet), CleanStop(), Events(run)
     _announce(progress, base, data, plan, remarks)
     base.model.train()
-    pictured = data.report.with_images > 0
     check = GradientCheck(run, NAME, attached.parts, pictured, lambda: trainer.features)
     trainer = AdapterTrainer(
         base.model, run, config.train, total, every, data.encoded, data.held_out,
-        Collator(base.tokenizer, packing=packing, processor=base.processor), optimizer,
+        collate, optimizer,
         [events, check, Steps(base.model, NAME), stop, progress], score, data.kept.files,
     )  # fmt: skip
     exactly(base.model, NAME, [target.site for target in plan.targets], optimizer)  # when all that touches it is there
