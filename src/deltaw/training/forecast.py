@@ -21,7 +21,7 @@ from deltaw.planner.memory import Memory, said
 from deltaw.training.outlook import Batch, Outlook, outlook, steps, widest
 from deltaw.training.prepare import Prepared, longest
 
-TOWER = "the activations of the image tower are not counted: without its numbers this model does not run on images"
+TOWER = "the activations of the image tower are not counted: without its weights this model does not run on images"
 ROWLESS = "images are not counted: without rows (data.train) their number and size are not known"
 
 
@@ -43,7 +43,7 @@ class Forecast:
         return {
             "device": {"name": self.device.name, "memory_bytes": self.device.memory, "measured": self.device.measured},
             "dtype": self.dtype,
-            "batch": dataclasses.asdict(self.batch),
+            "batch": self.batch.record(),
             "memory": self.memory.record(),
             "time": {"step_seconds": self.step_seconds},
             "warnings": self.warnings,

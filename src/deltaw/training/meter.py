@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 aten: Any = torch.ops.aten
@@ -36,7 +36,7 @@ class Meter(TorchDispatchMode):
         self._known: dict[int, Any] = {storage._cdata: storage for storage in there}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
+        args, given = _together(func, args, kwargs or {})
         if func is aten._local_scalar_dense.default and args[0].device.type == "meta":
             # models ask whether all positions are in order, and all images have their places: they are, they have
             return True if args[0].dtype == torch.bool else 1
@@ -65,6 +65,24 @@ class Meter(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, gone)
         self.alive += size
         self.peak = max(self.peak, self.alive)
+
+
+def _together(func: Any, args: Any, kwargs: Any) -> Any:
+    """Tensors with numbers (of a batch) lose them where they meet one without, and not before; which places a mask chooses is
+    found with them."""
+    if func is aten._to_copy.default and "meta" in (args[0].device.type, getattr(kwargs.get("device"), "type", "")):
+        kwargs = {**kwargs, "device": args[0].device}
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+    if len({t.device for t in tensors}) < 2 or not any(t.device.type == "meta" for t in tensors):
+        return args, kwargs
+    if func is aten.index.Tensor:
+        args = args[0], [place for index in args[1] for place in _places(index)]
+    return tree_map_only(Tensor, lambda t: t.to("meta") if t.ndim else t, (args, kwargs))
+
+
+def _places(index: Any) -> Any:
+    chosen = isinstance(index, Tensor) and index.dtype == torch.bool and index.device.type != "meta"
+    return index.nonzero().unbind(1) if chosen else (index,)
 
 
 def _result(func: Any, args: Any, kwargs: Any) -> Any:

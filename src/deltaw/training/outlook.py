@@ -3,12 +3,14 @@
 configuration → outline of the base → TargetPlan → adapters on the outline → a step rehearsed → bytes by part, work
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from deltaw.config.schema import Config
 from deltaw.core import targets
@@ -26,7 +28,7 @@ from deltaw.planner.arithmetic import optimizer_steps
 from deltaw.planner.memory import Memory, Weight, optimizer_bytes, weight_bytes
 from deltaw.training.parts import ByPart, by_part, only
 from deltaw.training.prepare import Prepared, longest
-from deltaw.training.rehearsal import NAME, Counted, Feature, dress, rehearse
+from deltaw.training.rehearsal import NAME, Counted, dress, rehearse
 from deltaw.training.watch import holes
 
 OVERHEAD = {("cpu", "fp32"): 24_000_000, ("cpu", "bf16"): 9_000_000}
@@ -47,10 +49,20 @@ class Batch:
     length: int
     padded: bool = True
     supervised: float = 1.0
-    features: tuple[Feature, ...] = ()
-    """What the model takes beside ids: names, shapes and dtypes (pixel_values, …)."""
     images: bool | None = None
     """Do rows hold images, in this batch or in others? None where there are no rows to ask."""
+    given: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
+    """Where they do, the batch itself: towers ask it for numbers (grids of patches, which images are there)."""
+
+    @property
+    def features(self) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+        """What the model takes beside what texts have too: names, shapes and dtypes (pixel_values, …)."""
+        beside = ((name, t) for name, t in (self.given or {}).items() if name not in BESIDE)
+        return tuple((name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in beside)
+
+    def record(self) -> dict[str, Any]:
+        fields = (f.name for f in dataclasses.fields(self) if f.name != "given")
+        return {**{name: getattr(self, name) for name in fields}, "features": self.features}
 
 
 @dataclass
@@ -103,11 +115,11 @@ class Outlook:
         t = config.train
         options: dict[str, Any] = {
             "device": kind, "padded": batch.padded, "supervised": batch.supervised, "checkpointing": t.checkpointing,
-            "accumulated": t.gradient_accumulation > 1, "features": batch.features,
+            "accumulated": t.gradient_accumulation > 1,
         }  # fmt: skip
-        key = batch, *options.values()
+        key = batch, batch.features, *options.values()
         if key not in self._counted:
-            self._counted[key] = rehearse(self.model, batch.rows, batch.length, **options)
+            self._counted[key] = rehearse(self.model, batch.rows, batch.length, given=batch.given, **options)
         counted = self._counted[key]
         sizes = [p.numel() for p in self.model.parameters() if p.requires_grad]
         held = sum(p.numel() for one in adapters(self.model, NAME).values() for p in one.parameters())
@@ -165,7 +177,7 @@ def widest(config: Config, data: Prepared | None, limit: int | None) -> Batch:
     """The widest batch of a run's rows; without any, of rows as long as it takes.
 
     It is as wide as the longest row, because every row of a batch is padded to the longest of it. What is learnt of it is
-    counted on the longest rows, which may be unlike the others. Of rows with images the batch is made, for its shapes.
+    counted on the longest rows, which may be unlike the others. Of rows with images the batch is made.
     """
     size, most = config.train.batch_size, longest(config, limit)
     if data is None:
@@ -175,22 +187,18 @@ def widest(config: Config, data: Prepared | None, limit: int | None) -> Batch:
     learnt = sum(min(data.encoded[n].supervised, found[n]) for n in order)
     share = min(1.0, learnt / max(1, len(order) * (found[order[0]] - 1)))
     rows, pictured = [data.encoded[n] for n in order], data.report.with_images > 0
-    features = _features(rows, data) if pictured else ()
-    return Batch(len(order), found[order[0]], size > 1 and min(found) != max(found), share, features, pictured)
+    given = _given(rows, data) if pictured else None
+    return Batch(len(order), found[order[0]], size > 1 and min(found) != max(found), share, pictured, given)
 
 
-def _features(rows: Sequence[Encoded], data: Prepared) -> tuple[Feature, ...]:
-    """Names, shapes and dtypes of what a batch of these rows holds beside ids; of the first row with images where they have none."""
-    chosen = list(rows)
+def _given(rows: Sequence[Encoded], data: Prepared) -> dict[str, Tensor]:
+    """The batch of these rows, without labels; with the first row with images in it where they have none."""
+    chosen, width = list(rows), max(len(row.ids) for row in rows)
     if not any(row.images for row in chosen):
         chosen[-1] = next(row for row in data.encoded if row.images)
     made = Collator(data.tokenizer, processor=data.processor)(chosen)
-    whole, width = made["input_ids"].shape, max(len(row.ids) for row in rows)
-    more = {name: tensor for name, tensor in made.items() if name not in BESIDE}
-    shapes = {
-        name: (len(rows), width) if tensor.shape == whole else tuple(tensor.shape) for name, tensor in more.items()
-    }
-    return tuple((name, shapes[name], str(tensor.dtype).removeprefix("torch.")) for name, tensor in more.items())
+    shape = made.pop("labels").shape
+    return {name: F.pad(t, (0, width - shape[1])) if t.shape == shape else t for name, t in made.items()}
 
 
 def steps(config: Config, rows: int) -> tuple[int, int]:

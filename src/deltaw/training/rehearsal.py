@@ -5,6 +5,7 @@
         every operator that computes            → multiplications and bytes moved
 
 So that kernels, checkpointing, methods and architectures need no formula of their own: what is counted is what they do.
+A batch with images keeps its numbers until it meets the model: how many patches and which images there are decides shapes.
 What no tensor shows is not here: the base's own weights (planner/memory.py), the memory a library takes for itself, and
 what an allocator rounds up. Attention goes through the kernel that the device would take, not through the one of the meta
 device, which writes out [length, length].
@@ -12,7 +13,7 @@ device, which writes out [length, length].
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,8 @@ from deltaw.training.meter import Meter, attention
 
 NAME = "rehearsal"
 FEW = (2, 3)  # layers that stand for many
-Feature = tuple[str, tuple[int, ...], str]
-"""Name, shape and dtype of an input."""
+Given = Mapping[str, Tensor]
+"""A batch with its numbers, without labels."""
 
 
 @dataclass(frozen=True)
@@ -112,27 +113,28 @@ def _checkpointing(model: Any, on: bool) -> Iterator[None]:
 
 def rehearse(
     model: Any, rows: int, length: int, *, device: str = "cpu", padded: bool = True, supervised: float = 1.0,
-    checkpointing: bool = False, accumulated: bool = False, features: Sequence[Feature] = (),
+    checkpointing: bool = False, accumulated: bool = False, given: Given | None = None,
 ) -> Counted:  # fmt: skip
     """A step of a dressed outline, in its own dtype: forward, loss and backward of one batch; an evaluation of it.
 
     device: cpu or cuda, for the attention kernel; padded: are rows of unlike length, so that a mask is needed;
     supervised: share of the positions that are learnt; accumulated: are gradients of an earlier batch there?
-    features: names, shapes and dtypes of what the batch holds beside ids (pixel_values).
+    given: the batch itself, [rows, length], where it holds images.
     """
     options: dict[str, Any] = {"device": device, "supervised": supervised, "accumulated": accumulated}
-    ways = [(mask, given) for given in dict.fromkeys((tuple(features), ())) for mask in dict.fromkeys((padded, False))]
+    ways = [(mask, None) for mask in dict.fromkeys((padded, False))]
+    ways = ways if given is None else [(padded, given), *ways]
     with _checkpointing(model, checkpointing):  # of all layers at once, or they would not be alike
-        for mask, given in ways:
+        for mask, batch in ways:
             try:
-                counted = _by_layers(model, rows, length, padded=mask, features=given, **options)
+                counted = _by_layers(model, rows, length, padded=mask, given=batch, **options)
             except (
                 Exception
             ):  # a model that wants its mask in another form (without one it takes little less), or numbers
-                if (mask, given) == ways[-1]:
+                if (mask, batch) == ways[-1]:
                     raise
             else:
-                return dataclasses.replace(counted, features=given == tuple(features))
+                return dataclasses.replace(counted, features=batch is given)
     raise AssertionError("no way was tried")
 
 
@@ -157,7 +159,7 @@ def _by_layers(model: nn.Module, rows: int, length: int, **options: Any) -> Coun
 
 def _rehearse(
     model: Any, rows: int, length: int, *, device: str, padded: bool, supervised: float, accumulated: bool,
-    gathers: bool, evaluates: bool = True, features: Sequence[Feature] = (),
+    gathers: bool, evaluates: bool = True, given: Given | None = None,
 ) -> Counted:  # fmt: skip
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in parameters)
@@ -177,11 +179,14 @@ def _rehearse(
 
     def forward() -> Tensor:
         """What the loss starts from: [N, H], or [N, V] where the head is not all."""
-        ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
-        mask = torch.empty(rows, 1, length, length, dtype=torch.bool, device="meta") if padded else None
+        if given is None:
+            ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
+            mask = torch.empty(rows, 1, length, length, dtype=torch.bool, device="meta") if padded else None
+            batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        else:
+            batch = {name: tensor.clone() for name, tensor in given.items()}
         body = loss.body if gathers else model
-        more = {name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for name, shape, dtype in features}
-        return body(input_ids=ids, attention_mask=mask, use_cache=False, **more)[0][:, :-1][indices(), indices()]  # type: ignore[no-any-return]
+        return body(use_cache=False, **batch)[0][:, :-1][indices(), indices()]  # type: ignore[no-any-return]
 
     def lost(chosen: Tensor) -> Tensor:
         if gathers:
