@@ -57,6 +57,9 @@ OTHERS: list[tuple[str, t.PretrainedConfig]] = [
     ("scores are capped after the head", t.Gemma2Config(
         vocab_size=5000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16)),
+    ("experts in stacks", t.Qwen3MoeConfig(
+        vocab_size=5000, hidden_size=64, moe_intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2)),
     ("dropout in attention", t.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=5000)),
     ("tied, and wants its mask in two dimensions", t.OPTConfig(
         vocab_size=5000, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64)),

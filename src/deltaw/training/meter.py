@@ -93,6 +93,8 @@ def _result(func: Any, args: Any, kwargs: Any) -> Any:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not tensors or any(t.device.type != "meta" for t in tensors):
         return func(*args, **kwargs)
+    if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+        return _grouped(*args[:2], kwargs.get("offs", args[2] if len(args) > 2 else None))
     key = func, tuple(map(_asked, leaves)), tuple(kwargs)
     known = SHAPES.get(key)
     if known is not None:
@@ -102,6 +104,13 @@ def _result(func: Any, args: Any, kwargs: Any) -> Any:
     if key not in SHAPES:
         SHAPES[key] = _described(out, tensors)
     return out
+
+
+def _grouped(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
+    """What products of stacked experts give in other dtypes than bf16, the only one that they have here: rows of each expert in
+    a [T, K] or b [K, T], or in both, [M, T] and [T, N], which gives [E, M, N]."""
+    stacks = [len(ends)] if ends is not None and a.ndim == b.ndim == 2 else list(a.shape[:-2]) if b.ndim == 3 else []
+    return a.new_empty([*stacks, a.shape[-2], b.shape[-1]])
 
 
 def _asked(given: Any) -> Any:
