@@ -1,28 +1,14 @@
 """deltaw export: writes, checks, prints one object, and ends with 1 where an engine that was asked for does not take it."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import deltaw
-from deltaw.cli import main as cli
 from deltaw.models.base import TINY
 from deltaw.ship.engines import ENGINES
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["deltaw", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -1,28 +1,14 @@
 """deltaw inspect and deltaw compare, as they are typed: on the bundled base, and on adapters of other people."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import deltaw
-from deltaw.cli import main as cli
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["deltaw", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """deltaw mix: every way, what is kept of it, the base read for what needs it, and options that do not go together."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,25 +8,12 @@ import pytest
 import torch
 
 import deltaw
-from deltaw.cli import main as cli
 from deltaw.core.state import AdapterState, delta
 from deltaw.formats.directory import open_directory
 from deltaw.methods.dora import DoRA
 from deltaw.methods.lora import LoRA
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["deltaw", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

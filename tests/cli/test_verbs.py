@@ -8,21 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from deltaw.cli import main as cli
-
 Run = tuple[int, str, str]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def call(*arguments: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["deltaw", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")
