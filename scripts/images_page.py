@@ -94,8 +94,8 @@ def easy(found: dict[str, Any]) -> str:
     rows += [[text, *(share(scores[name][kind]) for kind in kinds)] for name, text in said.items()]
     text += grid(["", *(kind if kind != "all" else "all questions" for kind in kinds)], rows)
     return text + (
-        f"\nLoRA's rates tried on seed 0, with the held-out loss on 200 training images: {_rates(found['tried'], found['chosen'])}. "
-        f"Processor time: {_minutes(found['seconds'])} minutes a seed on one shared core.\n\n"
+        f"\nLoRA's rates tried on seed 0 for {found['try_steps']} steps, with the held-out loss on 200 training images: "
+        f"{_rates(found['tried'], found['chosen'])}.\n\n"
         "![Test images, a question, and what is said after each stage](pictures/easy_vqa.svg)\n"
     )
 

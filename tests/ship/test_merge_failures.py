@@ -19,6 +19,7 @@ import deltaw
 from deltaw.core.errors import BaseMismatchError, DeltawError, FileError, MergeError, UseError
 from deltaw.methods.token_rows import TokenRows
 from deltaw.models.base import TINY
+from deltaw.models.checkpoint import open_checkpoint
 from deltaw.ship import beside, disk
 from deltaw.ship.merge import merge_to_folder
 
@@ -115,6 +116,16 @@ def test_missing_and_cut_shards(pair: Pair, tmp_path: Path) -> None:
     index["weight_map"]["model.nowhere.weight"] = index["weight_map"]["model.norm.weight"]
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     fails(FileError, "model.nowhere.weight is not in", base, pair.adapter, tmp_path / "x")
+
+
+def test_an_index_that_vanishes_is_missed(pair: Pair, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(pair.base, tmp_path / "base"))
+    (tmp_path / "m").mkdir()
+    checkpoint = open_checkpoint(base)
+    assert checkpoint is not None and len(checkpoint.files) > 1
+    (base / "model.safetensors.index.json").unlink()
+    with pytest.raises(FileError, match=r"index.json cannot be read: No such file"):
+        disk.write(checkpoint, tmp_path / "m", None, {}, lambda _: None)
 
 
 def test_a_disk_without_room_is_seen_before(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,11 +77,11 @@ def write(
                 syncing.append(behind.submit(_sync, os.dup(new.fileno())))
         for one in syncing:
             one.result()
-    if (checkpoint.folder / INDEX).is_file() and checkpoint.files != (SINGLE,):
+    if checkpoint.files != (SINGLE,):
+        index = read_json(checkpoint.folder / INDEX, AGAIN)
         if dtype is None:
             shutil.copyfile(checkpoint.folder / INDEX, target / INDEX)
         else:
-            index = read_json(checkpoint.folder / INDEX, AGAIN)
             size = sum((target / f).stat().st_size - len(header_of(target / f)) for f in checkpoint.files)
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
             write_text(target / INDEX, json.dumps(index, indent=2) + "\n")
