@@ -23,6 +23,7 @@ from deltaw.ship.check import logits, probe
 from deltaw.ship.merge import merge_to_folder
 from deltaw.training import run as training
 from deltaw.training.facts import unchanged
+from deltaw.training.outlook import outlook
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,19 @@ def test_resumed_is_bit_identical(finished: training.Run, tmp_path: Path, shelf:
     (part / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(TrainError, match="quantize was 'none', is 'nf4'"):
         deltaw.resume(part, quiet=True, shelf=shelf)
+
+
+def test_quantised_weights_are_not_trained_in_full(rows: Path, tmp_path: Path) -> None:
+    """Refused before the base is read: the layers would be left out of the run, and the plan would count them."""
+    given = config(rows, tmp_path / "run")
+    given["adapter"] = {"method": "full", "targets": "all-linear"}
+    with pytest.raises(
+        TargetError, match=r"full would train 42 layers whose weights are quantised \(nf4; the first is model"
+    ):
+        deltaw.train(given, quiet=True)
+    assert not (tmp_path / "run").exists()
+    given["adapter"]["targets"] = ["embed_tokens", "norm"]
+    assert len(outlook(parse.parse(given)).plan.targets) > 1
 
 
 def test_a_run_older_than_the_option_goes_on(rows: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import deltaw
 from deltaw.cli.main import main
 from deltaw.core.errors import ConfigError, Interrupted, TargetError, TrainError, UseError
 from deltaw.runs.directory import RunDirectory
+from deltaw.runs.summary import find, summarise, table
 from deltaw.training import run as running
 from deltaw.training.sweep import sweep
 
@@ -63,6 +64,23 @@ def test_each_stage_goes_on_from_the_one_before(finished: running.Run) -> None:
     assert [plan["config"]["train"]["learning_rate"] for plan in plans] == [1e-2, 1e-2]
     assert plans[1]["predicted"]["memory"]["increment_bytes"] > 0  # of an adapter that it goes on from, too
     assert finished.plan.trainable == plans[1]["trainable"]
+
+
+def test_runs_show_the_whole_and_its_stages(finished: running.Run, tmp_path: Path) -> None:
+    path = tmp_path / "cut"
+    shutil.copytree(finished.path, path)
+    whole, first, second = map(summarise, find([path]))
+    assert (whole.path, whole.state, whole.step, whole.steps) == (str(path), "finished", 4, 4)
+    assert whole.seconds == pytest.approx(first.seconds + second.seconds) and "stages" not in whole.settings
+    assert table([whole, first, second]).splitlines()[1].split()[1:3] == ["finished", "4/4"]
+    shutil.rmtree(path / "adapter")
+    shutil.rmtree(path / "2-instruct/adapter")
+    (path / "2-instruct/events.jsonl").write_text("")
+    assert [one.state for one in map(summarise, find([path]))] == [
+        "unfinished, 1 of 2 stages",
+        "finished",
+        "unfinished",
+    ]
 
 
 def test_a_finished_one_is_refused(finished: running.Run, base: Path, rows: Path) -> None:

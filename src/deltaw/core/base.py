@@ -1,7 +1,8 @@
 """Which base is this? A fingerprint that survives dtype changes and quantisation, and tells equal shapes apart.
 
-Values of up to 24 parameters are sampled (eight each, evenly spaced): the largest ones, which quantisers leave alone
-(embeddings), and others chosen by the hash of their names. Comparing two identities has three answers: match,
+Values of some parameters are sampled (eight each, evenly spaced): the largest four, which quantisers leave alone (embeddings), 24
+chosen by the hash of their names, and the largest below each of the first modules (`model.multi_modal_projector`), so that a part of
+few tensors, which may be all that was trained, tells bases apart. Comparing two identities has three answers: match,
 mismatch (with what differs), unknown (nothing in common to compare). Values saved in one dtype and loaded in another
 are compared after rounding to the coarser one. Quantised parameters are left out: a base and its quantised copy are one
 base, told by what both hold in full (embeddings, norms, heads); how it was quantised is kept beside, and not compared.
@@ -116,9 +117,12 @@ def sample(named: Sequence[tuple[str, Tensor]]) -> dict[str, Sample]:
 
 def chosen(sizes: Mapping[str, int]) -> list[str]:
     """The names that are sampled, of all with their sizes."""
-    by_size = sorted(sizes, key=lambda path: (-sizes[path], path))[:4]
+    by_size = sorted(sizes, key=lambda path: (-sizes[path], path))
     by_hash = sorted(sizes, key=lambda path: hashlib.sha256(path.encode()).hexdigest())
-    return sorted(set([*by_size, *by_hash][: SAMPLED + 4]))
+    parts: dict[tuple[str, ...], str] = {}
+    for path in by_size:
+        parts.setdefault(tuple(path.split(".")[:2]), path)
+    return sorted({*[*by_size[:4], *by_hash][: SAMPLED + 4], *list(parts.values())[:SAMPLED]})
 
 
 def places(size: int) -> Tensor:

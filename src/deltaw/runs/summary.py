@@ -17,7 +17,7 @@ class Summary:
 
     path: str
     state: str
-    """finished, interrupted, or unfinished: still running, or cut off."""
+    """finished, interrupted, or unfinished (still running, or cut off; of stages, how many are done)."""
     step: int
     steps: int
     losses: Mapping[str, float] = field(default_factory=dict)
@@ -49,6 +49,8 @@ def summarise(run: RunDirectory) -> Summary:
         settings = flat(run.config())
     except DeltawError as error:
         return Summary(str(run.path), f"unreadable: {error}", 0, 0)
+    if settings.get("stages"):
+        return _staged(run, settings)
     last, predicted = events[-1] if events else {}, plan.get("predicted", {})
     end = next((event for event in reversed(events) if event["event"] == "end"), {})
     evals = [event for event in events if event["event"] == "eval"]
@@ -74,6 +76,22 @@ def summarise(run: RunDirectory) -> Summary:
         memory_predicted=predicted.get("memory", {}).get("increment_bytes"),
         step_seconds=end.get("step_seconds"),
         step_seconds_predicted=predicted.get("time", {}).get("step_seconds"),
+    )
+
+
+def _staged(run: RunDirectory, settings: Mapping[str, Any]) -> Summary:
+    """A run in stages as a whole: what its stages, which are runs below it, took together, and what the last one came to."""
+    below = [summarise(RunDirectory(path.parent)) for path in sorted(run.path.glob(f"*/{CONFIG}"))]
+    done, total = sum(stage.state == "finished" for stage in below), len(settings["stages"])
+    return Summary(
+        path=str(run.path),
+        state="finished" if run.adapter.is_dir() and done == total else f"unfinished, {done} of {total} stages",
+        step=sum(stage.step for stage in below),
+        steps=sum(stage.steps for stage in below),
+        losses={name: loss for name, loss in below[-1].losses.items() if name != "base"} if below else {},
+        seconds=sum(stage.seconds for stage in below),
+        peak_memory=max((stage.peak_memory for stage in below), default=0),
+        settings={key: value for key, value in settings.items() if key != "stages"},
     )
 
 

@@ -16,12 +16,13 @@ from deltaw.config.schema import Config
 from deltaw.core import targets
 from deltaw.core.attach import adapters
 from deltaw.core.base import by_path, parameters
-from deltaw.core.errors import UseError
+from deltaw.core.errors import TargetError, UseError
 from deltaw.core.plan import Target, TargetPlan
 from deltaw.data.collate import Collator
 from deltaw.data.encode import Encoded
 from deltaw.data.store import lengths
 from deltaw.formats import directory
+from deltaw.methods.full import Full
 from deltaw.models.base import DTYPES, limit_of, outline
 from deltaw.models.quantize import layers, method_of
 from deltaw.planner.arithmetic import optimizer_steps
@@ -145,6 +146,27 @@ def outlook(config: Config, carried: Sequence[Target] | None = None) -> Outlook 
     carried: what the adapter that it goes on from holds, where that is not written yet (an earlier stage).
     Raises TargetError for targets that cannot be adapted, FileError for a base whose configuration cannot be read.
     """
+    found = _planned(config, carried)
+    if found is not None:
+        _trainable(found, config.quantize)
+    return found
+
+
+def _trainable(look: Outlook, quantize: str) -> None:
+    """TargetError where weights would be trained in full that will be rounded to a few bits, which the outline does not show."""
+    kind = method_of(look.model.config) or quantize
+    if kind == "none":
+        return
+    there, rounded = by_path(look.model), {id(module) for module in layers(look.model)}
+    full = [t.site for t in look.plan.targets if isinstance(t.method, Full) and t.site.slot == "weight"]
+    if wrong := [site.path for site in full if id(there[site.path]) in rounded]:
+        raise TargetError(
+            f"full would train {len(wrong):,} layers whose weights are quantised ({kind}; the first is {wrong[0]}), and a trained copy "
+            "needs the values: train them with lora, or set quantize to none"
+        )
+
+
+def _planned(config: Config, carried: Sequence[Target] | None) -> Outlook | None:
     chosen = config.adapter
     if chosen.start is not None and chosen.parts is None and carried is None:
         return None
