@@ -16,7 +16,10 @@ from deltaw.methods.lora import LoRA
 from deltaw.methods.token_rows import TokenRows
 from deltaw.models.base import load_base
 from deltaw.ship import check as checking
+from deltaw.ship.acceptance import read_facts
+from deltaw.ship.engines import check
 from deltaw.ship.export import export
+from deltaw.ship.look import base_of
 from deltaw.ship.merge import merge_to_folder
 from deltaw.ship.picture import picture
 
@@ -139,3 +142,16 @@ def test_a_full_projector_goes_to_peft_and_not_into_a_portable_file(tmp_path: Pa
     assert (logits(fresh, "llava") - tuned).abs().max() < 1e-6
     with pytest.raises(deltaw.DeltawError, match=r"multi_modal_projector.linear_1: a trained copy of a parameter"):
         export(tmp_path / "a", tmp_path / "q", model=base)
+
+
+def test_vllm_is_told_to_adapt_towers(tmp_path: Path) -> None:
+    base = base_of(vlm.hollow("llava"))
+    for name, targets in (("all", EVERYWHERE), ("text", {"language": ["q_proj", "v_proj"]})):
+        trained("llava", tmp_path / name, targets)
+        [found] = check(read_facts(tmp_path / name, base), ["vllm"])
+        needs = [one.why for one in found.findings if one.rule == "towers"]
+        assert found.takes and bool(needs) == (name == "all")
+        assert (
+            not needs
+            or "--enable-tower-connector-lora (experimental), or it passes over model.vision_tower" in needs[0]
+        )

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from deltaw.core.errors import FileError, faults
 from deltaw.core.files import read_json
+from deltaw.core.parts import Parts
 from deltaw.core.text import columns
 from deltaw.formats.directory import CONFIG
 from deltaw.formats.peft_experts import is_stack, sites
@@ -55,10 +56,11 @@ SOUND: Mapping[str, Check] = {
 
 @dataclass(frozen=True)
 class Base:
-    """What rules may know of the base: its config.json, and the shape [out, in] of every linear layer by path."""
+    """What rules may know of the base: its config.json, the shape [out, in] of every linear layer by path, and its parts."""
 
     config: Mapping[str, Any]
     linear: Mapping[str, tuple[int, ...]]
+    parts: Parts | None = None
 
 
 @dataclass(frozen=True)

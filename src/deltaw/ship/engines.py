@@ -24,6 +24,18 @@ def vllm_rank(f: Facts) -> str | None:
     return f"rank {f.rank}: start it with --max-lora-rank {limit}" if limit is not None and f.rank > 16 else None
 
 
+def vllm_towers(f: Facts) -> str | None:
+    """Of a model that reads images it adapts the language model alone, unless it is told otherwise; the rest is left with a line
+    in its log."""
+    parts = f.base.parts if f.base is not None else None
+    away = [path for path in f.factors if parts is not None and parts.of(path) not in ("language", "head")]
+    return (
+        f"start it with --enable-tower-connector-lora (experimental), or it passes over {r.kinds(away)}"
+        if away
+        else None
+    )
+
+
 def sglang_start(f: Facts) -> str | None:
     names = " ".join(sorted({r.leaf(path) for path in f.factors}))
     return (
@@ -67,6 +79,7 @@ VLLM_COMMON = (
     Rule("vocabulary", "refuses", r.other_vocabulary, stays=True),
     Rule("experts", "refuses", r.experts_uneven),
     Rule("stacks", "needs", r.experts_fused, "not verified"),
+    Rule("towers", "needs", vllm_towers, "not verified"),
     Rule("shapes", "mis-reads", r.other_shapes, stays=True),
     Rule("arrow", "ignores", r.switched("arrow_config", "routing between adapters is not done"), "measured"),
     Rule("kasa", "ignores", r.switched("kasa_config", "KaSA's third factor is not there"), "measured"),

@@ -13,6 +13,7 @@ from torch import nn
 from deltaw.core.base import base_modules
 from deltaw.core.errors import FileError
 from deltaw.core.host import HostSpec, WeightHost, host_of
+from deltaw.core.parts import find
 from deltaw.models.base import named_base, named_hub, outline
 from deltaw.ship.acceptance import Base
 
@@ -26,7 +27,8 @@ def base_of(model: nn.Module) -> Base:
     there = {
         p: host.spec for p, host in hosts.items() if isinstance(host, WeightHost) and host.has(host.module, host.slot)
     }
-    return Base({**text, **config, **names}, {path: spec.shape for path, spec in there.items() if is_linear(spec)})
+    shapes = {path: spec.shape for path, spec in there.items() if is_linear(spec)}
+    return Base({**text, **config, **names}, shapes, find(model))
 
 
 def is_linear(spec: HostSpec) -> bool:
