@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 
 import deltaw
 from deltaw.cli.main import main
+from deltaw.config import parse
 from deltaw.core.errors import ConfigError, Interrupted, TargetError, TrainError, UseError
 from deltaw.runs.directory import RunDirectory
 from deltaw.runs.summary import find, summarise, table
 from deltaw.training import run as running
+from deltaw.training.stages import ahead
 from deltaw.training.sweep import sweep
 
 ALIGN = {"name": "align", "parts": {"projector": "full"}, "train": {"learning_rate": 1e-2}}
@@ -156,6 +158,18 @@ def test_a_fault_of_the_last_is_said_before_the_first_is_paid_for(
         deltaw.train(staged(base, rows, tmp_path / "run", ALIGN, {**INSTRUCT, **change}), quiet=True)
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_part_that_sees_wants_images_before_a_run(base: Path, tmp_path: Path) -> None:
+    config = pictured.config(
+        base, pictured.rows(tmp_path, pictured=0, plain=8), tmp_path / "run", {"projector": "full"}
+    )
+    with pytest.raises(
+        TrainError, match=r"no row has an image, so no gradient would reach projector: give rows with images"
+    ):
+        ahead(parse.parse(config))
+    config["adapter"]["parts"] = {"language": "lora"}
+    assert len(ahead(parse.parse(config))) == 1
 
 
 def test_what_stops_in_the_first_steps_leaves_nothing(base: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import deltaw
 from deltaw.config import parse
 from deltaw.config.schema import Config
-from deltaw.core.errors import DeltawError, Interrupted
+from deltaw.core.errors import DeltawError, Interrupted, TrainError
 from deltaw.core.files import whole_folder
 from deltaw.core.plan import Target
 from deltaw.runs.directory import RunDirectory
@@ -51,6 +51,7 @@ def ahead(config: Config, rows: bool = True) -> list[Ahead]:
         try:
             data = prepare(_alone(one, runs[0]) if number > 1 else one) if rows else None
             look = outlook(one, carried)
+            _reached(data, look)
         except DeltawError as error:
             if name:
                 error.args = (f"{name}: {error}",)
@@ -58,6 +59,18 @@ def ahead(config: Config, rows: bool = True) -> list[Ahead]:
         found.append(Ahead(name, one, data, look))
         carried = _after(look)
     return found
+
+
+def _reached(data: Prepared | None, look: Outlook | None) -> None:
+    """TrainError where a part that sees is trained, and no row has an image."""
+    if data is None or data.report.with_images or look is None or look.by_part is None:
+        return
+    trained = {look.by_part.parts.of(target.site.path) for target in look.plan.targets}
+    if found := [part for part in ("vision", "projector") if part in trained]:
+        raise TrainError(
+            f"adapter.parts: no row has an image, so no gradient would reach {' and '.join(found)}: give rows with images, or "
+            f"freeze what sees ({found[0]}: frozen)"
+        )
 
 
 def _alone(stage: Config, first: Config) -> Config:
