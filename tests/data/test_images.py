@@ -220,3 +220,29 @@ def test_a_base_of_text_reads_no_images(folder: Path) -> None:
     given["data"]["streaming"] = True  # type: ignore[index]
     with pytest.raises(DataError, match=r"line 2 holds an image, and this base reads none: choose one that does"):
         prepare(parse(given))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("field", ["image_path", "picture", "file", "pixel_values"])
+def test_a_field_that_looks_like_an_image_and_is_not_read_is_a_warning(
+    folder: Path, field: str, streaming: bool
+) -> None:
+    value = [[0.5]] if field == "pixel_values" else "a.png"
+    path = written(folder, *({**ASKED, "prompt": f"{n}?", field: value} for n in range(3)))
+    data = {"train": str(path), "eval": None, "streaming": streaming}
+    check = prepare(parse({"model": "tiny", "data": data})).checks[0]
+    assert check.verdict == "warning" and f"'{field}' looks like an image, and these rows" in check.found
+    assert f"to `image`, or map it: columns: {{image: {field}}}, with a base that reads images" in check.fix
+    if field == "pixel_values":
+        return
+    with pytest.raises(DataError, match=r"reads no images|reads none"):  # the fix that is named: now it is read
+        prepare(parse({"model": "tiny", "data": {**data, "columns": {"image": field}}}))
+
+
+def test_fields_beside_an_image_or_of_other_things_are_no_warning(folder: Path) -> None:
+    said = {**ASKED, "id": "a.png", "image_url": "https://some.where/a.png", "image": "a.png"}
+    assert read_rows(written(folder, said)).parts[0].meant == ()  # has its image
+    assert read_rows(written(folder, {**ASKED, "file": "main.py", "photo": 3, "id": 7})).parts[0].meant == ()
+    assert read_rows(written(folder, {**ASKED, "files": ["A.JPEG"], "picture": {"bytes": "x"}})).parts[0].meant == (
+        "files", "picture",
+    )  # fmt: skip

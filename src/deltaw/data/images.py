@@ -10,6 +10,7 @@ A file is read and decoded once before a run: half of a JPEG opens well and fail
 import functools
 import hashlib
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,12 @@ from deltaw.data.turns import MARK, NEXT, Unreadable, image_name
 
 FIELDS = ("image", "images")
 """Fields of a row that name images beside its turns."""
+MEANT = (
+    "image_path", "image_paths", "image_file", "image_files", "image_name", "image_url", "image_urls", "img", "imgs",
+    "img_path", "picture", "pictures", "photo", "photos", "pixel_values",
+)  # fmt: skip
+"""Names that others give to a field of images, whatever stands in it."""
+FILE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 TURNED = 0x0112
 """EXIF's tag of how a picture was held; from 5 on width and height change places."""
 
@@ -36,6 +43,14 @@ class Look:
 def held(row: Mapping[str, Any]) -> bool:
     """Does a row name images beside its turns?"""
     return any(row.get(key) for key in FIELDS)
+
+
+def meant(name: str, value: Any) -> bool:
+    """Does a field that is not read look like one of images, by its name or as its value is the name of an image file?"""
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    first = (first.get("path") or first.get("url")) if isinstance(first, Mapping) else first
+    named = name.lower() in MEANT and isinstance(value, str | list | tuple | Mapping)
+    return named or (isinstance(first, str) and FILE.search(first) is not None)
 
 
 def placed(row: Example, fields: Mapping[str, Any], folder: Path | None) -> tuple[Example, list[str]]:

@@ -41,7 +41,7 @@ def checks(train: Side, held_out: Side | None, tokenizer: Any, processor: Any = 
     seen = train.seen
     assert seen is not None
     return (
-        fields(train.report),
+        fields(train.report, processor is not None),
         learnt(train.report),
         stop_token(seen, tokenizer),
         padding(train.encoded[0], tokenizer),
@@ -73,14 +73,19 @@ def said(found: Sequence[Check]) -> Text:
     return text
 
 
-def fields(report: DataReport) -> Check:
-    """What was recognised, and what rows say besides."""
+def fields(report: DataReport, sees: bool = False) -> Check:
+    """What was recognised, and what rows say besides. sees: the base reads images."""
     ours = {name for names in READ.values() for name in names} - {"text", "label"} | {"context", "system_prompt"}
     forms = ", ".join(dict.fromkeys(part.form for part in report.parts))
     unread = [name for part in report.parts for name in part.unread]
     if not unread:
         return Check("fields", "fine", f"{forms}; every field is read")
     text = f"{forms}; not read of the rows: {', '.join(map(repr, dict.fromkeys(unread)))}"
+    if pictures := list(dict.fromkeys(name for part in report.parts for name in part.meant)):
+        names = ", ".join(map(repr, pictures))
+        fix = f"rename {names} to `image`, or map it: columns: {{image: {pictures[0]}}}"
+        text += f"; {names} looks like an image, and these rows are learnt without it"
+        return Check("fields", "warning", text, fix if sees else f"{fix}, with a base that reads images")
     meant = [name for name in dict.fromkeys(unread) if name in ours]
     if not meant:
         return Check("fields", "fine", text)
