@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pictures import draw
 from PIL import Image
@@ -141,6 +142,8 @@ PART = [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}, TURNS
         ({**ASKED, "image": "text.png"}, "text.png' cannot be opened (cannot identify image file"),
         ({**ASKED, "image": "half.jpg"}, "half.jpg' cannot be opened (image file is truncated"),
         ({**ASKED, "image": "half.png"}, "half.png' cannot be opened ("),
+        ({**ASKED, "image": "parts.tif"}, "parts.tif' cannot be opened (its pixels are no colours of 8 or 16 bits but of"),
+        ({**ASKED, "image": "far.tif"}, "far.tif' cannot be opened (its pixels are no colours of 8 or 16 bits but of"),
         ({**ASKED, "image": "a\0.png"}, "no image"),
         ({**ASKED, "image": "n" * 300}, "cannot be opened ("),
         ({**ASKED, "image": "https://some.where/a.png"}, "an address (https://some.where/a.png): images are not fetched"),
@@ -163,6 +166,8 @@ def test_a_bad_image_is_named(folder: Path, row: Any, words: str) -> None:
     (folder / "deep").mkdir()
     (folder / "empty.png").touch()
     (folder / "text.png").write_text("no picture")
+    Image.new("F", (4, 4), 0.5).save(folder / "parts.tif")
+    Image.new("I", (4, 4), 1 << 20).save(folder / "far.tif")
     for name in ("half.jpg", "half.png"):
         Image.effect_noise((64, 64), 80).convert("RGB").save(folder / name)
         (folder / name).write_bytes((folder / name).read_bytes()[:1500])
@@ -191,6 +196,16 @@ def test_an_image_is_opened_upright_and_in_rgb(tmp_path: Path) -> None:
     (tmp_path / "b.gif").write_bytes(b"")
     with pytest.raises(DataError, match="cannot be opened any more"):
         opened(tmp_path / "b.gif")
+
+
+def test_grey_of_16_bits_keeps_its_tones(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(2, 0)
+    for kind, name in (("<u2", "a.png"), (">u2", "b.tif"), ("<i4", "c.tif")):  # modes I;16, I;16B, I
+        Image.fromarray(ramp.astype(kind)).save(tmp_path / name)
+        seen = np.asarray(opened(tmp_path / name))
+        assert seen.shape == (2, 256, 3) and np.array_equal(seen[0, :, 0], np.arange(256)), name
+    Image.fromarray(np.arange(256, dtype=np.int32)[None]).save(tmp_path / "d.tif")  # 8 bits in I
+    assert np.array_equal(np.asarray(opened(tmp_path / "d.tif"))[0, :, 2], np.arange(256))
 
 
 def test_rows_that_differ_in_their_image_only_are_different_rows(folder: Path) -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deltaw.core.errors import DataError, UseError
 from deltaw.data.conversation import IMAGE, Example, Message
 from deltaw.data.turns import MARK, NEXT, Unreadable, image_name
@@ -163,6 +165,7 @@ def _looked(path: Path, changed: int, length: int) -> Look:
             width, height = height, width
         image.draft("RGB", (1, 1))  # a JPEG is decoded small: all of it is read, in half the time
         image.load()
+        _toned(image)
     return Look((width, height), hashlib.sha256(data).hexdigest())
 
 
@@ -173,9 +176,21 @@ def opened(path: Path) -> Any:
 
     try:
         with images.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _toned(ImageOps.exif_transpose(image)).convert("RGB")
     except Exception as error:
         raise DataError(f"the image {str(path)!r} cannot be opened any more: {error}") from None
+
+
+def _toned(image: Any) -> Any:
+    """A grey image of 16 bits with its high 8, as Pillow reads colours of 16 bits; others as they are. ValueError for
+    pixels whose white nobody knows: fractions, or numbers beyond 16 bits. Pillow itself makes all above 255 white."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError(f"its pixels are no colours of 8 or 16 bits but of Pillow's mode {image.mode}")
+    wide = image.mode != "I" or values.max() > 0xFF  # older Pillows read 16 bits as I
+    return pillow().fromarray((values >> 8 if wide else values).astype(np.uint8))
 
 
 def pillow() -> Any:
