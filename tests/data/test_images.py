@@ -139,7 +139,7 @@ PART = [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}, TURNS
         ({**ASKED, "image": "no.png"}, "no image"),
         ({**ASKED, "image": "deep"}, "deep' is a folder, not a file"),
         ({**ASKED, "image": "empty.png"}, "empty.png' is an empty file (0 bytes)"),
-        ({**ASKED, "image": "text.png"}, "text.png' cannot be opened (cannot identify image file"),
+        ({**ASKED, "image": "text.png"}, "text.png' is in no format that Pillow knows: save it as PNG or JPEG, or remove the row"),
         ({**ASKED, "image": "half.jpg"}, "half.jpg' cannot be opened (image file is truncated"),
         ({**ASKED, "image": "half.png"}, "half.png' cannot be opened ("),
         ({**ASKED, "image": "parts.tif"}, "parts.tif' cannot be opened (its pixels are no colours of 8 or 16 bits but of"),

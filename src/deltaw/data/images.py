@@ -143,6 +143,10 @@ def unfit(path: Path) -> str:
     except UseError:
         raise
     except Exception as error:  # whatever a foreign file raises, it is one thing: an image that cannot be opened
+        if isinstance(error, pillow().UnidentifiedImageError):
+            return (
+                f"the image {str(path)!r} is in no format that Pillow knows: save it as PNG or JPEG, or remove the row"
+            )
         reason = " ".join(str(error).split())[:120]
         return f"the image {str(path)!r} cannot be opened ({reason}): save it again, or remove the row"
     return ""
