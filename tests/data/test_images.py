@@ -118,6 +118,15 @@ def test_names_are_seen_from_the_rows_or_from_a_folder_of_images(folder: Path, t
     assert len(read_rows(Source(path=str(absolute), columns={"image": "picture"})).rows[0].images) == 1
 
 
+def test_addresses_of_local_files_are_their_names(folder: Path) -> None:
+    shutil.copy(folder / "a.png", folder / "a b.png")
+    part = {"type": "image_url", "image_url": {"url": f"FILE://localhost{folder}/a.png"}}
+    talk = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a cat"}]}
+    for row in ({**ASKED, "image": f"file://{folder}/a%20b.png"}, {**ASKED, "image": f"file://{folder}/a b.png"}):
+        assert read_rows(written(folder, row)).rows[0].images == (folder / "a b.png",)
+    assert read_rows(written(folder, talk)).rows[0].images == (folder / "a.png",)
+
+
 def test_a_list_of_data_sets_names_its_images(folder: Path) -> None:
     written(
         folder,
