@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from pictured import base as pictured_base
 from pictured import rows as pictured_rows
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -351,6 +352,22 @@ def test_a_processor_that_does_not_make_what_the_tower_reads_is_refused(
     assert f"{model}: the processor in its folder is not the model's: {words}" in str(caught.value)
     text = {"train": str(written(tmp_path, [PAIR], "text.jsonl")), "eval": None}
     assert prepare(parse({"model": str(model), "data": text})).report.images == 0  # text does not need it
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_of_held_out_rows_that_are_trained_on_are_counted(streaming: bool, tmp_path: Path) -> None:
+    model = pictured_base(tmp_path / "base")
+    train, other = pictured_rows(tmp_path), tmp_path / "other.jsonl"
+    Image.new("RGB", (16, 16), "pink").save(tmp_path / "pink.png")
+    given = {"model": str(model), "data": {"train": str(train), "eval": str(other), "streaming": streaming}}
+    for names, words in (
+        (["red", "red", "blue", "pink"], "; 2 of their 3 images are trained on, in other rows"), (["pink"], ""),
+    ):  # fmt: skip
+        written(
+            tmp_path, [{**PAIR, "prompt": f"Dark, {n}?", "image": f"{x}.png"} for n, x in enumerate(names)], other.name
+        )
+        [check] = [check for check in prepare(parse(given)).checks if check.name == "held-out rows"]
+        assert (check.verdict, check.found) == ("fine", f"none of {len(names)} is trained on{words}")
 
 
 class Page(HTMLParser):

@@ -188,8 +188,10 @@ def apart(seen: Observed, held_out: Side | None) -> Check:
     if held_out is None or held_out.seen is None:
         return Check("held-out rows", "fine", "none are held out")
     shared = held_out.seen.shared(seen)
+    images, all_images = held_out.seen.shared_images(seen)
+    note = f"; {images:,} of their {all_images:,} images are trained on, in other rows" if images else ""
     if not shared:
-        return Check("held-out rows", "fine", f"none of {held_out.report.kept:,} is trained on")
+        return Check("held-out rows", "fine", f"none of {held_out.report.kept:,} is trained on{note}")
     return Check(
         "held-out rows", "warning",
         f"{shared:,} of the held-out rows are trained on too: their loss says nothing of new rows",
