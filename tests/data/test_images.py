@@ -255,7 +255,10 @@ def test_a_field_that_looks_like_an_image_and_is_not_read_is_a_warning(
     path = written(folder, *({**ASKED, "prompt": f"{n}?", field: value} for n in range(3)))
     data = {"train": str(path), "eval": None, "streaming": streaming}
     check = prepare(parse({"model": "tiny", "data": data})).checks[0]
-    assert check.verdict == "warning" and f"'{field}' looks like an image, and these rows" in check.found
+    assert (
+        check.verdict == "warning"
+        and f"'{field}'; which looks like an image, and rows are learnt without" in check.found
+    )
     assert f"to `image`, or map it: columns: {{image: {field}}}, with a base that reads images" in check.fix
     if field == "pixel_values":
         return

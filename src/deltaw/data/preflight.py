@@ -84,7 +84,9 @@ def fields(report: DataReport, sees: bool = False) -> Check:
     if pictures := list(dict.fromkeys(name for part in report.parts for name in part.meant)):
         names = ", ".join(map(repr, pictures))
         fix = f"rename {names} to `image`, or map it: columns: {{image: {pictures[0]}}}"
-        text += f"; {names} looks like an image, and these rows are learnt without it"
+        which = "which" if len(pictures) == len(set(unread)) else names
+        looks = "look like images" if len(pictures) > 1 else "looks like an image"
+        text += f"; {which} {looks}, and rows are learnt without"
         return Check("fields", "warning", text, fix if sees else f"{fix}, with a base that reads images")
     meant = [name for name in dict.fromkeys(unread) if name in ours]
     if not meant:
