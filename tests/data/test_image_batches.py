@@ -16,7 +16,7 @@ from deltaw.config.parse import parse
 from deltaw.core.errors import DataError, FileError, UseError
 from deltaw.data.collate import Collator, with_images
 from deltaw.data.conversation import IMAGE, Example, Message
-from deltaw.data.dataset import Encoder, digest, encode_rows
+from deltaw.data.dataset import Encoder, cure, digest, encode_rows
 from deltaw.data.encode import CONTROL, IGNORE, Dropped, Encoded, Policy, encode, prompt, stop_token_trained
 from deltaw.data.images import opened
 from deltaw.data.observed import Observed
@@ -199,9 +199,13 @@ def test_templates_that_lose_images_are_refused(rows: list[Example]) -> None:
 
 def test_a_mark_in_a_text_is_a_control_token(processor: Any, files: list[Path]) -> None:
     token, words = reader(processor).token, tokenizer_of(processor)
-    for row in (asked(f"say {token}"), asked(f"{IMAGE} say {token}", files[0]), asked(f"{IMAGE}</s>", files[0])):
+    texts = asked(f"{token}</s>"), asked(f"{IMAGE} say {token}", files[0]), asked(f"{IMAGE}</s>", files[0])
+    for row in texts:
         found = encode(Example((row, SAID), 1, "row 1"), words, POLICY, processor)
         assert isinstance(found, Dropped) and found.reason == CONTROL
+    found = encode(Example((asked(f"say {token}"), SAID), 1, "row 1"), words, POLICY, processor)
+    assert isinstance(found, Dropped) and found.reason == f"no image for {token} in the text"
+    assert cure([found.reason]) == "name the image in `image`, or take its mark out of the text"
 
 
 def test_a_long_row_with_images_is_dropped_not_cut(rows: list[Example]) -> None:

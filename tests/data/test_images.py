@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pictures import draw
 from PIL import Image
@@ -117,6 +118,15 @@ def test_names_are_seen_from_the_rows_or_from_a_folder_of_images(folder: Path, t
     assert len(read_rows(Source(path=str(absolute), columns={"image": "picture"})).rows[0].images) == 1
 
 
+def test_addresses_of_local_files_are_their_names(folder: Path) -> None:
+    shutil.copy(folder / "a.png", folder / "a b.png")
+    part = {"type": "image_url", "image_url": {"url": f"FILE://localhost{folder}/a.png"}}
+    talk = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a cat"}]}
+    for row in ({**ASKED, "image": f"file://{folder}/a%20b.png"}, {**ASKED, "image": f"file://{folder}/a b.png"}):
+        assert read_rows(written(folder, row)).rows[0].images == (folder / "a b.png",)
+    assert read_rows(written(folder, talk)).rows[0].images == (folder / "a.png",)
+
+
 def test_a_list_of_data_sets_names_its_images(folder: Path) -> None:
     written(
         folder,
@@ -138,9 +148,11 @@ PART = [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}, TURNS
         ({**ASKED, "image": "no.png"}, "no image"),
         ({**ASKED, "image": "deep"}, "deep' is a folder, not a file"),
         ({**ASKED, "image": "empty.png"}, "empty.png' is an empty file (0 bytes)"),
-        ({**ASKED, "image": "text.png"}, "text.png' cannot be opened (cannot identify image file"),
+        ({**ASKED, "image": "text.png"}, "text.png' is in no format that Pillow knows: save it as PNG or JPEG, or remove the row"),
         ({**ASKED, "image": "half.jpg"}, "half.jpg' cannot be opened (image file is truncated"),
         ({**ASKED, "image": "half.png"}, "half.png' cannot be opened ("),
+        ({**ASKED, "image": "parts.tif"}, "parts.tif' cannot be opened (its pixels are no colours of 8 or 16 bits but of"),
+        ({**ASKED, "image": "far.tif"}, "far.tif' cannot be opened (its pixels are no colours of 8 or 16 bits but of"),
         ({**ASKED, "image": "a\0.png"}, "no image"),
         ({**ASKED, "image": "n" * 300}, "cannot be opened ("),
         ({**ASKED, "image": "https://some.where/a.png"}, "an address (https://some.where/a.png): images are not fetched"),
@@ -163,6 +175,8 @@ def test_a_bad_image_is_named(folder: Path, row: Any, words: str) -> None:
     (folder / "deep").mkdir()
     (folder / "empty.png").touch()
     (folder / "text.png").write_text("no picture")
+    Image.new("F", (4, 4), 0.5).save(folder / "parts.tif")
+    Image.new("I", (4, 4), 1 << 20).save(folder / "far.tif")
     for name in ("half.jpg", "half.png"):
         Image.effect_noise((64, 64), 80).convert("RGB").save(folder / name)
         (folder / name).write_bytes((folder / name).read_bytes()[:1500])
@@ -193,6 +207,16 @@ def test_an_image_is_opened_upright_and_in_rgb(tmp_path: Path) -> None:
         opened(tmp_path / "b.gif")
 
 
+def test_grey_of_16_bits_keeps_its_tones(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(2, 0)
+    for kind, name in (("<u2", "a.png"), (">u2", "b.tif"), ("<i4", "c.tif")):  # modes I;16, I;16B, I
+        Image.fromarray(ramp.astype(kind)).save(tmp_path / name)
+        seen = np.asarray(opened(tmp_path / name))
+        assert seen.shape == (2, 256, 3) and np.array_equal(seen[0, :, 0], np.arange(256)), name
+    Image.fromarray(np.arange(256, dtype=np.int32)[None]).save(tmp_path / "d.tif")  # 8 bits in I
+    assert np.array_equal(np.asarray(opened(tmp_path / "d.tif"))[0, :, 2], np.arange(256))
+
+
 def test_rows_that_differ_in_their_image_only_are_different_rows(folder: Path) -> None:
     shutil.copy(folder / "a.png", folder / "same.png")
     path = written(folder, *({**ASKED, "image": name} for name in ("a.png", "b.png", "same.png")))
@@ -220,3 +244,32 @@ def test_a_base_of_text_reads_no_images(folder: Path) -> None:
     given["data"]["streaming"] = True  # type: ignore[index]
     with pytest.raises(DataError, match=r"line 2 holds an image, and this base reads none: choose one that does"):
         prepare(parse(given))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("field", ["image_path", "picture", "file", "pixel_values"])
+def test_a_field_that_looks_like_an_image_and_is_not_read_is_a_warning(
+    folder: Path, field: str, streaming: bool
+) -> None:
+    value = [[0.5]] if field == "pixel_values" else "a.png"
+    path = written(folder, *({**ASKED, "prompt": f"{n}?", field: value} for n in range(3)))
+    data = {"train": str(path), "eval": None, "streaming": streaming}
+    check = prepare(parse({"model": "tiny", "data": data})).checks[0]
+    assert (
+        check.verdict == "warning"
+        and f"'{field}'; which looks like an image, and rows are learnt without" in check.found
+    )
+    assert f"to `image`, or map it: columns: {{image: {field}}}, with a base that reads images" in check.fix
+    if field == "pixel_values":
+        return
+    with pytest.raises(DataError, match=r"reads no images|reads none"):  # the fix that is named: now it is read
+        prepare(parse({"model": "tiny", "data": {**data, "columns": {"image": field}}}))
+
+
+def test_fields_beside_an_image_or_of_other_things_are_no_warning(folder: Path) -> None:
+    said = {**ASKED, "id": "a.png", "image_url": "https://some.where/a.png", "image": "a.png"}
+    assert read_rows(written(folder, said)).parts[0].meant == ()  # has its image
+    assert read_rows(written(folder, {**ASKED, "file": "main.py", "photo": 3, "id": 7})).parts[0].meant == ()
+    assert read_rows(written(folder, {**ASKED, "files": ["A.JPEG"], "picture": {"bytes": "x"}})).parts[0].meant == (
+        "files", "picture",
+    )  # fmt: skip

@@ -1,5 +1,6 @@
 """Sources: columns, patterns, weights, tables, other people's dialects and lists of data sets."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,9 @@ def test_a_list_of_data_sets(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as a list of data sets"):
         named(str(tmp_path / "broken.json") + "#own")
+
+
+def test_the_page_of_data_names_every_key_of_a_source() -> None:
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    keys = page.split("| key | is |")[1].split("\n\n")[0]
+    assert [field.name for field in dataclasses.fields(Source) if f"`{field.name}`" not in keys] == []

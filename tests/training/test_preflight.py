@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pictured import base as pictured_base
+from pictured import rows as pictured_rows
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import deltaw
 from deltaw.cli import main as cli
 from deltaw.config.parse import parse
-from deltaw.core.errors import DataError
+from deltaw.core.errors import DataError, UseError
 from deltaw.data.template import TEMPLATES
 from deltaw.models.base import TINY
 from deltaw.runs.directory import RunDirectory
@@ -310,6 +313,61 @@ def _read(terminal: int) -> bytes:
         return os.read(terminal, 4096)
     except OSError:  # Linux says so at the end
         return b""
+
+
+SMALL = {"height": 8, "width": 8}
+UNLIKE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "size": (
+        lambda p: p["image_processor"].update(size=SMALL),
+        "it makes images of 8 × 8 pixels, the model reads 16 × 16: save the right one there, or set size and crop_size",
+    ),
+    "patch": (
+        lambda p: p.update(patch_size=8),
+        "it writes 4 tokens for an image, the model gives 16: save the right one there, or set in its processor_config.json "
+        "patch_size to 4, vision_feature_select_strategy to default and num_additional_image_tokens to 1",
+    ),
+    "selected": (
+        lambda p: p.update(vision_feature_select_strategy="full"), "it writes 17 tokens for an image, the model gives 16",
+    ),
+    "additional": (
+        lambda p: p.update(num_additional_image_tokens=0), "it writes 15 tokens for an image, the model gives 16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("case", UNLIKE)
+def test_a_processor_that_does_not_make_what_the_tower_reads_is_refused(
+    case: str, streaming: bool, tmp_path: Path
+) -> None:
+    model, rows = pictured_base(tmp_path / "base"), pictured_rows(tmp_path)
+    given = {"model": str(model), "data": {"train": str(rows), "eval": None, "streaming": streaming}}
+    assert prepare(parse(given)).report.images == 8
+    change, words = UNLIKE[case]
+    settings = json.loads((model / "processor_config.json").read_text())
+    change(settings)
+    (model / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UseError) as caught:
+        prepare(parse(given))
+    assert f"{model}: the processor in its folder is not the model's: {words}" in str(caught.value)
+    text = {"train": str(written(tmp_path, [PAIR], "text.jsonl")), "eval": None}
+    assert prepare(parse({"model": str(model), "data": text})).report.images == 0  # text does not need it
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_of_held_out_rows_that_are_trained_on_are_counted(streaming: bool, tmp_path: Path) -> None:
+    model = pictured_base(tmp_path / "base")
+    train, other = pictured_rows(tmp_path), tmp_path / "other.jsonl"
+    Image.new("RGB", (16, 16), "pink").save(tmp_path / "pink.png")
+    given = {"model": str(model), "data": {"train": str(train), "eval": str(other), "streaming": streaming}}
+    for names, words in (
+        (["red", "red", "blue", "pink"], "; 2 of their 3 images are trained on, in other rows"), (["pink"], ""),
+    ):  # fmt: skip
+        written(
+            tmp_path, [{**PAIR, "prompt": f"Dark, {n}?", "image": f"{x}.png"} for n, x in enumerate(names)], other.name
+        )
+        [check] = [check for check in prepare(parse(given)).checks if check.name == "held-out rows"]
+        assert (check.verdict, check.found) == ("fine", f"none of {len(names)} is trained on{words}")
 
 
 class Page(HTMLParser):

@@ -11,7 +11,7 @@ import numpy as np
 
 from deltaw.core.errors import DataError
 from deltaw.data.conversation import Example
-from deltaw.data.encode import CONTROL, Encoded, Policy, encode, stop_token_trained
+from deltaw.data.encode import CONTROL, IMAGELESS, Encoded, Policy, encode, stop_token_trained
 from deltaw.data.images import look
 from deltaw.data.observed import Observed
 from deltaw.data.processors import reader
@@ -23,6 +23,7 @@ CURES = {
     "longer than": "raise data.max_length, set data.overflow to cut, or shorten the rows",
     "no token to learn": "raise data.max_length, or give the rows longer answers",
     CONTROL: "take the template's own tokens out of the texts",
+    IMAGELESS: "name the image in `image`, or take its mark out of the text",
     JUDGED: "add rows whose label is true",
 }
 """How the reason for leaving a row out begins → what to do about it."""

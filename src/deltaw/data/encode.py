@@ -65,6 +65,8 @@ class Dropped:
 
 
 CONTROL = "a control token in the text"
+IMAGELESS = "no image for"
+"""How the reason begins where the token of an image stands in a row that names none."""
 
 
 def encode(row: Example, tokenizer: Any, policy: Policy, processor: Any = None) -> list[Encoded] | Dropped:
@@ -83,7 +85,9 @@ def encode(row: Example, tokenizer: Any, policy: Policy, processor: Any = None) 
     read = None if processor is None else reader(processor)
     _readable(row.messages, row.where, tokenizer, read)
     if read is not None and _control(row, tokenizer, read.token):  # the template would write too many placeholders
-        return Dropped(CONTROL, len(_tokens(" ".join(m.content for m in row.messages), tokenizer)))
+        alone = not row.images and not _control(row, tokenizer, but=read.token)
+        reason = f"{IMAGELESS} {read.token} in the text" if alone else CONTROL
+        return Dropped(reason, len(_tokens(" ".join(m.content for m in row.messages), tokenizer)))
     ids, spans, text = (_templated if tokenizer.chat_template else _plain)(row, tokenizer, policy, read)
     if _control(row, tokenizer):
         return Dropped(CONTROL, len(ids))
@@ -251,13 +255,13 @@ def _stop(ids: list[int], start: int, end: int, tokenizer: Any) -> int:
     )
 
 
-def _control(row: Example, tokenizer: Any, *more: str) -> bool:
-    """Does someone's text hold a control token (or one of `more`), which would be read as the template's own?"""
+def _control(row: Example, tokenizer: Any, *more: str, but: str = "") -> bool:
+    """Does someone's text hold a control token (or one of `more`, not `but`), which would be read as the template's own?"""
     special = {
         *more,
         *tokenizer.all_special_tokens,
         *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special),
-    }
+    } - {but}
     texts = [text for m in row.messages for text in (m.content, m.reasoning, *(t for c in m.calls for t in c)) if text]
     texts += row.tools
     return any(token in text for token in special for text in texts)

@@ -10,10 +10,13 @@ A file is read and decoded once before a run: half of a JPEG opens well and fail
 import functools
 import hashlib
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from deltaw.core.errors import DataError, UseError
 from deltaw.data.conversation import IMAGE, Example, Message
@@ -21,6 +24,12 @@ from deltaw.data.turns import MARK, NEXT, Unreadable, image_name
 
 FIELDS = ("image", "images")
 """Fields of a row that name images beside its turns."""
+MEANT = (
+    "image_path", "image_paths", "image_file", "image_files", "image_name", "image_url", "image_urls", "img", "imgs",
+    "img_path", "picture", "pictures", "photo", "photos", "pixel_values",
+)  # fmt: skip
+"""Names that others give to a field of images, whatever stands in it."""
+FILE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 TURNED = 0x0112
 """EXIF's tag of how a picture was held; from 5 on width and height change places."""
 
@@ -36,6 +45,14 @@ class Look:
 def held(row: Mapping[str, Any]) -> bool:
     """Does a row name images beside its turns?"""
     return any(row.get(key) for key in FIELDS)
+
+
+def meant(name: str, value: Any) -> bool:
+    """Does a field that is not read look like one of images, by its name or as its value is the name of an image file?"""
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    first = (first.get("path") or first.get("url")) if isinstance(first, Mapping) else first
+    named = name.lower() in MEANT and isinstance(value, str | list | tuple | Mapping)
+    return named or (isinstance(first, str) and FILE.search(first) is not None)
 
 
 def placed(row: Example, fields: Mapping[str, Any], folder: Path | None) -> tuple[Example, list[str]]:
@@ -126,6 +143,10 @@ def unfit(path: Path) -> str:
     except UseError:
         raise
     except Exception as error:  # whatever a foreign file raises, it is one thing: an image that cannot be opened
+        if isinstance(error, pillow().UnidentifiedImageError):
+            return (
+                f"the image {str(path)!r} is in no format that Pillow knows: save it as PNG or JPEG, or remove the row"
+            )
         reason = " ".join(str(error).split())[:120]
         return f"the image {str(path)!r} cannot be opened ({reason}): save it again, or remove the row"
     return ""
@@ -148,6 +169,7 @@ def _looked(path: Path, changed: int, length: int) -> Look:
             width, height = height, width
         image.draft("RGB", (1, 1))  # a JPEG is decoded small: all of it is read, in half the time
         image.load()
+        _toned(image)
     return Look((width, height), hashlib.sha256(data).hexdigest())
 
 
@@ -158,9 +180,21 @@ def opened(path: Path) -> Any:
 
     try:
         with images.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _toned(ImageOps.exif_transpose(image)).convert("RGB")
     except Exception as error:
         raise DataError(f"the image {str(path)!r} cannot be opened any more: {error}") from None
+
+
+def _toned(image: Any) -> Any:
+    """A grey image of 16 bits with its high 8, as Pillow reads colours of 16 bits; others as they are. ValueError for
+    pixels whose white nobody knows: fractions, or numbers beyond 16 bits. Pillow itself makes all above 255 white."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError(f"its pixels are no colours of 8 or 16 bits but of Pillow's mode {image.mode}")
+    wide = image.mode != "I" or values.max() > 0xFF  # older Pillows read 16 bits as I
+    return pillow().fromarray((values >> 8 if wide else values).astype(np.uint8))
 
 
 def pillow() -> Any:

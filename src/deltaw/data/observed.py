@@ -1,4 +1,4 @@
-"""What one pass over the rows sees of them, for the checks before a run: 8 bytes a row, no text, no tokens."""
+"""What one pass over the rows sees of them, for the checks before a run: 8 bytes a row, a number an image, no text, no tokens."""
 
 from array import array
 from collections import Counter
@@ -22,6 +22,7 @@ class Observed:
         self._stops = special | ({tokenizer.eos_token_id} - {None})
         self._last: Example | None = None
         self._digests = array("q")
+        self._images: set[int] = set()
         self.stops: Counter[int] = Counter()
         """The special token that is learnt last in a row → rows."""
         self.endless = 0
@@ -32,7 +33,10 @@ class Observed:
         if row is self._last:  # a source's `weight` repeats rows on purpose
             return
         self._last = row
-        self._digests.extend(hash((*piece.ids, *(look(image).digest for image in piece.images))) for piece in pieces)
+        for piece in pieces:
+            images = [look(image).digest for image in piece.images]
+            self._digests.append(hash((*piece.ids, *images)))
+            self._images.update(map(hash, images))
         stop = next((label for label in reversed(pieces[-1].labels) if label in self._stops), None)
         if stop is None:
             self.endless += 1
@@ -52,6 +56,10 @@ class Observed:
     def shared(self, other: "Observed") -> int:
         """Rows whose tokens are those of a row that `other` saw."""
         return int(np.isin(np.array(self._digests), np.array(other._digests)).sum())
+
+    def shared_images(self, other: "Observed") -> tuple[int, int]:
+        """(those that `other` saw too, all): images of these rows, each once."""
+        return len(self._images & other._images), len(self._images)
 
 
 def _texts(row: Example, policy: Policy) -> tuple[str, str]:

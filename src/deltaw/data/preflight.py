@@ -41,7 +41,7 @@ def checks(train: Side, held_out: Side | None, tokenizer: Any, processor: Any = 
     seen = train.seen
     assert seen is not None
     return (
-        fields(train.report),
+        fields(train.report, processor is not None),
         learnt(train.report),
         stop_token(seen, tokenizer),
         padding(train.encoded[0], tokenizer),
@@ -73,14 +73,21 @@ def said(found: Sequence[Check]) -> Text:
     return text
 
 
-def fields(report: DataReport) -> Check:
-    """What was recognised, and what rows say besides."""
+def fields(report: DataReport, sees: bool = False) -> Check:
+    """What was recognised, and what rows say besides. sees: the base reads images."""
     ours = {name for names in READ.values() for name in names} - {"text", "label"} | {"context", "system_prompt"}
     forms = ", ".join(dict.fromkeys(part.form for part in report.parts))
     unread = [name for part in report.parts for name in part.unread]
     if not unread:
         return Check("fields", "fine", f"{forms}; every field is read")
     text = f"{forms}; not read of the rows: {', '.join(map(repr, dict.fromkeys(unread)))}"
+    if pictures := list(dict.fromkeys(name for part in report.parts for name in part.meant)):
+        names = ", ".join(map(repr, pictures))
+        fix = f"rename {names} to `image`, or map it: columns: {{image: {pictures[0]}}}"
+        which = "which" if len(pictures) == len(set(unread)) else names
+        looks = "look like images" if len(pictures) > 1 else "looks like an image"
+        text += f"; {which} {looks}, and rows are learnt without"
+        return Check("fields", "warning", text, fix if sees else f"{fix}, with a base that reads images")
     meant = [name for name in dict.fromkeys(unread) if name in ours]
     if not meant:
         return Check("fields", "fine", text)
@@ -183,8 +190,10 @@ def apart(seen: Observed, held_out: Side | None) -> Check:
     if held_out is None or held_out.seen is None:
         return Check("held-out rows", "fine", "none are held out")
     shared = held_out.seen.shared(seen)
+    images, all_images = held_out.seen.shared_images(seen)
+    note = f"; {images:,} of their {all_images:,} images are trained on, in other rows" if images else ""
     if not shared:
-        return Check("held-out rows", "fine", f"none of {held_out.report.kept:,} is trained on")
+        return Check("held-out rows", "fine", f"none of {held_out.report.kept:,} is trained on{note}")
     return Check(
         "held-out rows", "warning",
         f"{shared:,} of the held-out rows are trained on too: their loss says nothing of new rows",

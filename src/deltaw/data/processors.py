@@ -26,6 +26,8 @@ Content = Callable[[Message], Any]
 """A message → its content as a template takes it."""
 ASIDE = ("input_ids", "attention_mask", "labels")
 SEEN = "hello"
+BLANK = (60, 40)
+"""Pixels of the image that a processor is tried on."""
 
 
 def typed(message: Message) -> list[dict[str, str]]:
@@ -95,7 +97,10 @@ class Reader:
 
     def replacement(self, image: Path) -> str:
         """What the processor writes for an image. DataError where it does not take one of this size."""
-        size = look(image).size
+        return self.expansion(look(image).size, repr(str(image)))
+
+    def expansion(self, size: tuple[int, int], name: str) -> str:
+        """The same for an image of (width, height) that is called `name`."""
         if size not in self._expanded:
             blank = pillow().new("RGB", size)
             options = {"add_special_tokens": False, "return_tensors": "pt", "return_text_replacement_offsets": True}
@@ -106,7 +111,7 @@ class Reader:
                 raise UseError(f"{self.name} does not say which tokens an image has: choose another base") from None
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise DataError(
-                    f"the base's processor does not take {str(image)!r}, {size[0]} × {size[1]} pixels: {error}"
+                    f"the base's processor does not take {name}, {size[0]} × {size[1]} pixels: {error}"
                 ) from None
         return self._expanded[size]
 
@@ -184,8 +189,9 @@ def reader(processor: Any) -> Reader:
     return _readers[processor]
 
 
-def fitting(processor: Any, config: Any, name: str) -> None:
-    """UseError where the processor marks images with another token than the model's configuration `name` has."""
+def fitting(processor: Any, config: Any, name: str, images: bool = True) -> None:
+    """UseError where the processor is not that of the model whose configuration is that of `name`: it marks images with
+    another token, or (where there are images) does not make of one what the tower reads."""
     wanted = getattr(config, "image_token_id", None)
     wanted = getattr(config, "image_token_index", None) if wanted is None else wanted
     known = reader(processor).image_ids
@@ -194,3 +200,34 @@ def fitting(processor: Any, config: Any, name: str) -> None:
             f"{name}: its processor marks images with token {', '.join(map(str, known))}, its configuration with {wanted}: "
             "they are not of one base, save the right processor in its folder"
         )
+    if images and (unlike := _unlike(processor, config)):
+        raise UseError(f"{name}: the processor in its folder is not the model's: {unlike}")
+
+
+def _unlike(processor: Any, config: Any) -> str:
+    """What differs between the images that the processor makes and those that a tower of one size reads, with the fix; ""
+    where nothing does, and for models other than LLaVA's, whose towers take several sizes or count their tokens otherwise."""
+    from transformers import CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
+
+    tower = getattr(config, "vision_config", None)
+    if not isinstance(config, LlavaConfig) or not isinstance(tower, CLIPVisionConfig | SiglipVisionConfig):
+        return ""
+    side = tower.image_size
+    pictures = processor.image_processor([pillow().new("RGB", BLANK)], return_tensors="pt")["pixel_values"]
+    height, width = pictures.shape[-2:]
+    if (height, width) != (side, side):
+        return (
+            f"it makes images of {height} × {width} pixels, the model reads {side} × {side}: save the right one there, or "
+            "set size and crop_size in its processor_config.json (or preprocessor_config.json)"
+        )
+    read = reader(processor)
+    written = read.expansion(BLANK, "an image").count(read.token)
+    before = isinstance(tower, CLIPVisionConfig)  # a token of the class stands before those of the patches
+    given = (side // tower.patch_size) ** 2 + before - (config.vision_feature_select_strategy == "default")
+    if written == given:
+        return ""
+    return (
+        f"it writes {written} tokens for an image, the model gives {given}: save the right one there, or set in its "
+        f"processor_config.json patch_size to {tower.patch_size}, vision_feature_select_strategy to "
+        f"{config.vision_feature_select_strategy} and num_additional_image_tokens to {int(before)}"
+    )

@@ -5,7 +5,7 @@ The form of the rows (`deltaw.data.forms`) is seen from the rows themselves and 
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,8 @@ class Part:
     weight: float = 1.0
     unread: tuple[str, ...] = ()
     """Fields of its rows that are not read."""
+    meant: tuple[str, ...] = ()
+    """Those of them that look like images, of rows that hold none."""
 
     def __str__(self) -> str:
         weight = "" if self.weight == 1.0 else f", taken {self.weight:g} times"
@@ -57,12 +59,12 @@ def read_rows(given: Given | Sequence[Given]) -> Rows:
     rows: list[Example] = []
     parts: list[Part] = []
     for source in [] if found else listed:
-        left: set[str] = set()
+        left: dict[str, bool] = {}
         form, examples, wrong = _read(source, left)
         found += wrong
         if form is None or wrong:
             continue
-        parts.append(Part(source.path, form, len(examples), source.weight, tuple(sorted(left))))
+        parts.append(Part(source.path, form, len(examples), source.weight, *beside(left)))
         times = sources.repeated([place(row, "weight") for row in examples], source.weight)
         rows += [row for row, count in zip(examples, times, strict=True) for _ in range(count)]
     if found:
@@ -72,7 +74,12 @@ def read_rows(given: Given | Sequence[Given]) -> Rows:
     return Rows(parts[0].form, rows, name, tuple(parts))
 
 
-def _read(source: Source, left: set[str]) -> tuple[Form | None, list[Example], list[str]]:
+def beside(left: Mapping[str, bool]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What `examples` left: names of all fields that are not read, and of those that look like images."""
+    return tuple(sorted(left)), tuple(name for name in sorted(left) if left[name])
+
+
+def _read(source: Source, left: dict[str, bool]) -> tuple[Form | None, list[Example], list[str]]:
     form: Form | None = None
     rows, found = [], []
     for one in examples(source, left=left):
@@ -85,11 +92,11 @@ def _read(source: Source, left: set[str]) -> tuple[Form | None, list[Example], l
 
 
 def examples(
-    source: Source, streaming: bool = False, left: set[str] | None = None
+    source: Source, streaming: bool = False, left: dict[str, bool] | None = None
 ) -> Iterator[tuple[Form, Example] | str]:
     """The rows of a source one by one, with their form; in the place of one that cannot be used, the fault.
 
-    left: is given the names of fields that are not read.
+    left: is given the names of fields that are not read, and whether one looks like the image of a row that holds none.
     """
     form: Form | None = None
     first, inside = "", {theirs.split(".")[0] for theirs in source.columns.values()}
@@ -106,12 +113,12 @@ def examples(
         if here != form:
             yield f"{record.where} is {here}, but {first} is {form}: write all rows of one source in one form"
             continue
-        if left is not None:
-            left |= unread(here, record.fields) - inside
         row, wrong = example(here, record.fields, record.line, record.where)
         if not wrong:
-            beside = record.file.parent if record.file is not None else None
-            row, wrong = images.placed(row, record.fields, beside if source.images is None else Path(source.images))
+            folder = record.file.parent if record.file is not None else None
+            row, wrong = images.placed(row, record.fields, folder if source.images is None else Path(source.images))
+        for name in () if left is None else unread(here, record.fields) - inside:
+            left[name] = left.get(name, False) or (not row.images and images.meant(name, record.fields[name]))
         yield from (f"{record.where}: {fault}" for fault in wrong)
         yield here, row
 

@@ -14,7 +14,7 @@ from deltaw.data.conversation import Example
 from deltaw.data.dataset import EVALUATE, LEARN, DataReport, Encoder, fitting
 from deltaw.data.encode import Encoded
 from deltaw.data.observed import Observed
-from deltaw.data.rows import Part, Rows, examples, place
+from deltaw.data.rows import Part, Rows, beside, examples, place
 from deltaw.data.sources import named, repeated
 from deltaw.data.store import Store
 
@@ -47,7 +47,7 @@ def stream(
     parts: list[Part] = []
     for source in [] if found else listed:
         counts: Counter[str] = Counter()
-        left: set[str] = set()
+        left: dict[str, bool] = {}
         for one in examples(source, streaming=True, left=left):
             if isinstance(one, str):
                 found.append(one)
@@ -63,8 +63,7 @@ def stream(
                 stores[side].extend(encoders[side].add(row))
                 if len(kept[side]) < keep:
                     kept[side].append(row)
-        unread = tuple(sorted(left))
-        parts += [Part(source.path, form, count, source.weight, unread) for form, count in counts.items()]
+        parts += [Part(source.path, form, count, source.weight, *beside(left)) for form, count in counts.items()]
     if found:
         raise faults(DataError, f"{name} cannot be used", found)
     if not parts:

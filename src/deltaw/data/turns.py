@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from deltaw.core.errors import did_you_mean, meant_to_be
 from deltaw.data.conversation import IMAGE, ROLES, Call, Message
@@ -27,6 +28,9 @@ MARK = "<image>"
 """What stands in texts where an image is meant that is named beside them."""
 NEXT = Path(MARK)
 """In the place of a file: the next one of those that the row names beside its turns."""
+
+LOCAL = re.compile(r"file://(localhost(?=/))?", re.IGNORECASE)
+"""How the address of a file of this machine begins."""
 
 
 class Unreadable(ValueError):
@@ -124,13 +128,15 @@ def _image(part: Mapping[str, Any]) -> Path:
 
 
 def image_name(given: Any) -> str:
-    """The name of a file, as rows give it. Unreadable for what is none."""
+    """The name of a file, as rows give it, also as file:///…. Unreadable for what is none."""
     if isinstance(given, Mapping) and not given.get("bytes"):
         given = given.get("path")
     if not isinstance(given, str) or not given:
         raise Unreadable(f"is {shown(given)}: must be the name of a file, images inside a table are not read")
     if given.startswith("data:"):
         raise Unreadable("is written out in the row (data:…): save it as a file and give its name")
+    if LOCAL.match(given):
+        return unquote(LOCAL.sub("", given))
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.\-]*://", given):
         raise Unreadable(f"is an address ({given[:60]}): images are not fetched, save it as a file and give its name")
     return given

@@ -169,10 +169,11 @@ def prepare(config: Config, given: Kept | None = None) -> Prepared:
 def _processor(config: Config, sides: Sequence[Rows]) -> Any:
     """The base's processor of images, or None. DataError for rows with images where there is none."""
     processor = load_processor(config.model)
-    if processor is not None:
-        fitting(processor, read_config(config.model), config.model)
-        return processor
     held = [row for rows in sides for row in rows.rows if row.images]
+    if processor is not None:
+        images = config.data.streaming or bool(held)  # of rows that are not read yet nobody knows
+        fitting(processor, read_config(config.model), config.model, images)
+        return processor
     if held:
         raise DataError(
             f"{config.model!r} reads no images, and {len(held):,} rows hold some (the first is {held[0].where}): choose a base "
