@@ -25,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 HEAD = """# The configuration
 
 Generated from the schema by `scripts/make_docs.py`; `deltaw schema` prints the same as JSON schema. Unknown keys are
-errors with the nearest known one; `section.key=value` on the command line overrides a file.
+errors with the nearest known one; `section.key=value` on the command line overrides a file,
+`stages[0].train.max_steps=2` one entry of a list.
 
 `model` is a folder, a hub id, or `tiny` (bundled). `output` is the run directory (default `runs/latest`). `quantize`
 (default `none`) loads the base's linear layers in `nf4`, `nf4-double` or `int8`.

@@ -101,6 +101,35 @@ def test_adapter_of_llamafactory(changes: dict, expected: dict) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "parts", "left_too"),
+    [
+        ({"image_max_pixels": 262144}, {"language": "lora"}, {"image_max_pixels"}),
+        ({"freeze_vision_tower": True, "freeze_multi_modal_projector": True}, {"language": "lora"}, set()),
+        ({"freeze_vision_tower": False}, {"language": "lora", "vision": "lora"}, set()),
+        ({"freeze_vision_tower": False, "freeze_language_model": True, "use_dora": True}, {"vision": "dora"}, set()),
+        ({"freeze_multi_modal_projector": False}, {"language": "lora"}, {"freeze_multi_modal_projector"}),
+        ({"freeze_multi_modal_projector": False, "additional_target": "merger"},
+         {"language": "lora", "projector": "full"}, set()),
+        ({"additional_target": "model.multi_modal_projector,lm_head,embed_tokens"},
+         {"language": {"modules_to_save": ["embed_tokens"]}, "projector": "full", "head": "full"}, set()),
+        ({"freeze_vision_tower": False, "lora_target": "q_proj,v_proj"},
+         {"language": {"targets": ["q_proj", "v_proj"]}, "vision": {"targets": ["q_proj", "v_proj"]}}, set()),
+        ({"freeze_vision_tower": False, "freeze_language_model": True, "additional_target": "embed_tokens"},
+         {"vision": "lora"}, {"additional_target"}),
+    ],
+)  # fmt: skip
+def test_what_llamafactory_freezes_of_a_model_with_images(changes: dict, parts: dict, left_too: set) -> None:
+    config, left = factory(**changes)
+    assert config["adapter"]["parts"] == parts and not {"targets", "modules_to_save"} & set(config["adapter"])
+    assert set(changes) & set(left) == left_too and "only text" not in foreign.text({**FACTORY, **changes})[0]
+
+
+def test_frozen_parts_are_said_where_an_adapter_is_gone_on_from() -> None:
+    config, left = factory(lora_target=..., adapter_name_or_path="saves/old", freeze_vision_tower=False)
+    assert config["adapter"] == {"from": "saves/old"} and left["freeze_vision_tower"] is False
+
+
+@pytest.mark.parametrize(
     ("changes", "section", "expected"),
     [
         ({"quantization_bit": 4}, "", {"quantize": "nf4-double"}),

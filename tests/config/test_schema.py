@@ -101,6 +101,24 @@ def test_overrides(tmp_path) -> None:
         parse.read(file, ["epochs"])
 
 
+def test_overrides_reach_into_lists() -> None:
+    stages = [{"name": "a", "train": {"max_steps": 1, "seed": 3}}, {"name": "b"}]
+    record = {"model": "tiny", "data": {"train": ["x", {"path": "y"}]}, "stages": stages}
+    given = ["stages[0].train.max_steps=2", "stages[1].data.turns=last", "data.train[1].rows=5", "data.train[0]=z"]
+    found = parse.override(record, given)
+    assert found["stages"][0] == {"name": "a", "train": {"max_steps": 2, "seed": 3}}
+    assert found["stages"][1] == {"name": "b", "data": {"turns": "last"}}
+    assert found["data"]["train"] == ["z", {"path": "y", "rows": 5}] and stages[0]["train"]["max_steps"] == 1
+    assert parse.parse(found).stages[0].train["max_steps"] == 2
+    for key, said in {
+        "stages[2].name": r"stages\[2\] is not there: stages has stages\[0\] to stages\[1\]",
+        "data.eval[0].path": r"data.eval\[0\] is not there: data.eval is no list with entries",
+        "model[1]": r"model\[1\] is not there: model is no list",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            parse.override(record, [f"{key}=x"])
+
+
 def test_unreadable_files(tmp_path) -> None:
     (tmp_path / "config.yaml").write_text("model: [")
     with pytest.raises(ConfigError, match="not valid YAML"):

@@ -59,6 +59,8 @@ def test_not_falling(noisy: float) -> None:
     found = asked("not_falling", events(flat))
     assert found.verdict == "fault" and "training loss went from" in found.evidence and "in 100 steps" in found.evidence
     assert "deltaw plan" in found.next and "raise train.learning_rate, now 0.001," in found.next
+    little = asked("not_falling", events(flat, [5.6453, 5.5771]))
+    assert little.verdict == "warning" and little.next.startswith("less than 2 % counts as none: train longer")
     rising = asked("not_falling", events([2.0 + place / 10 for place in range(21)], [2.0, 3.0, 4.0]))
     assert rising.verdict == "fault" and "the held-out loss went from 2.0000 to 4.0000" in rising.evidence
     assert rising.next.startswith("lower train.learning_rate")

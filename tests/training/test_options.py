@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import deltaw
+from deltaw.config.parse import parse
 from deltaw.config.schema import TrainConfig
 from deltaw.core.errors import BaseMismatchError, ConfigError, TargetError, TrainError, UseError
 from deltaw.runs.directory import RunDirectory
+from deltaw.training.facts import unchanged
 from deltaw.training.optimizer import build, groups
 
 
@@ -208,6 +210,12 @@ def test_a_run_does_not_go_on_with_something_else(rows: Path, tmp_path: Path) ->
     file.write_text("".join(lines[1:]))
     with pytest.raises(TrainError, match=r"the training rows are others|the held-out rows are others"):
         deltaw.resume(run.path, quiet=True)
+    before = {"config": {"model": "m", "data": {"train": "x"}}, "rows": 60, "digest": {"rows": "a", "held_out": "c"}}
+    now = {**before, "config": parse(before["config"]).to_dict()}
+    with pytest.raises(TrainError, match="60 as before, with other tokens, or with images whose files have changed"):
+        unchanged(before, {**now, "digest": {"rows": "b", "held_out": "c"}})
+    with pytest.raises(TrainError, match=r"the training rows are others: 60 then, 59 now$"):
+        unchanged(before, {**now, "rows": 59, "digest": {"rows": "b", "held_out": "c"}})
     file.write_text("".join(lines))
     with torch.no_grad():
         base.model.model.embed_tokens.weight.add_(0.5)

@@ -23,6 +23,7 @@ from deltaw.models.base import load_base
 from deltaw.runs.directory import RunDirectory
 from deltaw.training import parts as training
 from deltaw.training import run as running
+from deltaw.training.outlook import outlook
 
 ALL = {
     "vision": {"rank": 3, "targets": ["q_proj"], "layers": "0-1", "learning_rate": 1e-3},
@@ -337,3 +338,23 @@ def test_plan_shows_the_parts(
     assert sum(part["parameters"] for part in found["parts"]) == found["parameters"]["trainable"]
     assert sum(part["base_parameters"] for part in found["parts"]) == found["parameters"]["total"]
     assert found["batch"]["features"][0][:2] == ["pixel_values", [4, 3, 16, 16]] and found["notes"] == []
+
+
+@pytest.mark.parametrize(
+    ("section", "example"),
+    [
+        ({}, "{language: lora}"),
+        ({"targets": "q_proj"}, "{language: {targets: 'q_proj'}}"),
+        ({"method": "full", "targets": "q_proj"}, "{language: {targets: 'q_proj'}}"),
+    ],
+)
+def test_targets_in_several_parts_are_refused_with_what_a_configuration_takes(
+    base: Path, section: dict[str, Any], example: str
+) -> None:
+    record = {"model": str(base), "data": {"train": "x"}, "adapter": section}
+    with pytest.raises(TargetError, match="hits several parts of the model, vision") as caught:
+        outlook(parse.parse(record))
+    said = str(caught.value).partition("for example ")[2]
+    assert said == f"adapter.parts={example}"
+    kept = {key: value for key, value in section.items() if key != "targets"}
+    assert outlook(parse.parse(parse.override({**record, "adapter": kept}, [said]))) is not None

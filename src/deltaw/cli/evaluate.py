@@ -29,6 +29,12 @@ def evaluate(
             help="Other names of fields, as data.columns: prompt=question; may be repeated.", show_default=False
         ),
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder that the names of images are seen from; default that of the rows.", show_default=False
+        ),
+    ] = None,
     allow_base_mismatch: Mismatch = False,
     allow_pickle: Pickle = False,
     dtype: Dtype = "auto",
@@ -47,7 +53,7 @@ def evaluate(
         (text for text, (ours, _, theirs) in zip(columns or [], pairs, strict=True) if not ours or not theirs), None
     ):
         raise UseError(f"--columns {wrong!r} is no pair of names: write prompt=question")
-    rows = read_rows(Source(path=data, columns={ours: theirs for ours, _, theirs in pairs}))
+    rows = read_rows(Source(path=data, columns={ours: theirs for ours, _, theirs in pairs}, images=images))
     from deltaw.core.route import use
     from deltaw.infer import evaluate as infer
 

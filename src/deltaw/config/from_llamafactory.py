@@ -4,6 +4,7 @@
     dataset, dataset_dir, max_samples          data.train: dataset_dir/dataset_info.json#name, rows; media_dir: images
     val_size, eval_dataset, cutoff_len …       data.eval, data.max_length
     lora_* , use_dora, pissa_init …            adapter (through the names of PEFT's LoraConfig)
+    freeze_vision_tower …                      adapter.parts (`llamafactory_parts`)
     learning_rate, num_train_epochs …          train: the names of transformers' TrainingArguments
 
 What a key that is absent means there is written out where it decides what is learnt and ours is another value (rank 8, learning
@@ -17,6 +18,7 @@ from typing import Any
 
 from deltaw.config import from_lora_config
 from deltaw.config.given import Given, Left, explained, number, said, words
+from deltaw.config.llamafactory_parts import FREEZE, by_part
 from deltaw.core.errors import ConfigError, faults
 
 OBJECTIVES = {"sft": "sft", "pt": "text"}
@@ -45,7 +47,7 @@ AGREE: Mapping[str, tuple[Any, ...]] = {
     "eval_strategy": ("steps",), "evaluation_strategy": ("steps",), "save_strategy": ("steps",), "logging_strategy": ("steps",),
     "metric_for_best_model": ("eval_loss", "loss"), "greater_is_better": (False,), "pissa_convert": (True, False),
     "train_sampling_strategy": ("random",), "adam_beta1": (0.9,), "adam_beta2": (0.999,), "adam_epsilon": (1e-8,),
-    "freeze_vision_tower": (True,), "freeze_multi_modal_projector": (True,), "remove_unused_columns": (True, False),
+    "remove_unused_columns": (True, False),
 }  # fmt: skip
 REASONS = explained(
     {
@@ -85,8 +87,8 @@ REASONS = explained(
         "init_special_tokens resize_vocab",
         "the base is taken as it is": "rope_scaling mixture_of_depths moe_aux_loss_coef train_from_scratch use_llama_pro "
         "split_special_tokens quantization_device_map offload_folder use_fast_tokenizer",
-        "only text is trained": "image_max_pixels image_min_pixels video_max_pixels video_min_pixels video_fps "
-        "video_maxlen freeze_vision_tower freeze_multi_modal_projector freeze_language_model audio_sampling_rate",
+        "the base's own processor says how large images are": "image_max_pixels image_min_pixels",
+        "rows hold text and images": "video_max_pixels video_min_pixels video_fps video_maxlen audio_sampling_rate",
         "the optimizer is AdamW with β 0.9, 0.999": "use_galore use_apollo use_badam use_adam_mini use_muon adam_beta1 adam_beta2 "
         "adam_epsilon optim_args lr_scheduler_kwargs",
         "the loss is cross-entropy on what is supervised": "label_smoothing_factor use_dft_loss pref_beta pref_ftx pref_loss "
@@ -112,6 +114,7 @@ KNOWN = words(
     "lr_scheduler_type warmup_ratio warmup_steps bf16 fp16 pure_bf16 optim logging_steps save_steps eval_steps group_by_length",
     "report_to output_dir disable_gradient_checkpointing gradient_checkpointing",
     *ADAPTER,
+    *FREEZE,
     *SIGNS,
     *PLAIN,
 )
@@ -139,7 +142,7 @@ def converted(record: Mapping[str, Any], adapter: Mapping[str, Any] | None = Non
         "model": given.take("model_name_or_path"),
         "quantize": _quantize(given),
         "data": _data(given, cuts=stage == "sft"),
-        "adapter": _adapter(given) if adapter is None else dict(adapter),
+        "adapter": by_part(given, _adapter(given) if adapter is None else adapter),
         "train": {**({"objective": "text"} if stage == "pt" else {}), **_train(given)},
         "output": given.take("output_dir"),
     }

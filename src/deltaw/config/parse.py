@@ -189,7 +189,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def override(record: Any, overrides: Sequence[str]) -> Any:
-    """Plain data with `section.key=value` written into it; values are read as YAML."""
+    """Plain data with `section.key=value` written into it; values are read as YAML. Entries of a list go by their number,
+    `stages[0].train.max_steps=2`; ConfigError for one that is not there."""
     if record is not None and not isinstance(record, Mapping):
         raise ConfigError(
             f"a configuration is a mapping of sections (model, data, adapter, train, output): not {record!r}"
@@ -200,13 +201,32 @@ def override(record: Any, overrides: Sequence[str]) -> Any:
             raise ConfigError(
                 f"{text!r} is not an override: write section.key=value, for example train.learning_rate=1e-4"
             )
-        place = record = dict(record or {})
-        *path, last = key.split(".")
-        for part in path:
-            below = place.get(part)
-            place[part] = place = dict(below) if isinstance(below, Mapping) else {}
-        place[last] = _yaml(value, f"the value of {key}") if value else None
+        record = _written(record, _steps(key), _yaml(value, f"the value of {key}") if value else None)
     return record
+
+
+def _steps(key: str) -> list[str | int]:
+    """stages[0].name → stages, 0, name"""
+    steps: list[str | int] = []
+    for part in key.split("."):
+        name, numbers = re.fullmatch(r"(.*?)((?:\[\d+\])*)", part, re.DOTALL).groups()  # type: ignore[union-attr]
+        steps += [name, *map(int, re.findall(r"\d+", numbers))]
+    return steps
+
+
+def _written(place: Any, steps: Sequence[str | int], value: Any, where: str = "") -> Any:
+    """A copy of `place` with `value` at the end of these steps. where: the steps to it, for errors."""
+    if not steps:
+        return value
+    step, *rest = steps
+    if isinstance(step, str):
+        there = dict(place) if isinstance(place, Mapping) else {}
+        return {**there, step: _written(there.get(step), rest, value, f"{where}.{step}" if where else step)}
+    if not isinstance(place, list | tuple) or step >= len(place):
+        listed = isinstance(place, list | tuple) and len(place) > 0
+        there = f"has {where}[0] to {where}[{len(place) - 1}]" if listed else "is no list with entries"
+        raise ConfigError(f"{where}[{step}] is not there: {where} {there}")
+    return [_written(one, rest, value, f"{where}[{n}]") if n == step else one for n, one in enumerate(place)]
 
 
 def values(text: str, where: str) -> list[Any]:

@@ -79,6 +79,7 @@ def faults(error: type[DeltawError], head: str, found: Sequence[str], limit: int
     lines = []
     for pattern, same in alike.items():
         path, colon, rest = pattern.partition(": ")
+        rest = re.sub(r"('[^']*')(?: or \1)+", r"\1", rest)  # suggestions that differed in their layer only
         lines += [f"{path} ({len(same)} times){colon}{rest}"] if len(same) > 2 else same
     shown = [f"  - {line}" for line in lines[:limit]]
     if len(lines) > limit:

@@ -6,7 +6,7 @@ names repeat from part to part (`q_proj`, `fc1`, `linear_1`), and no name is saf
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from deltaw.core.errors import did_you_mean
 from deltaw.core.facts import ModuleFact
@@ -17,6 +17,12 @@ from deltaw.core.parts import Parts
 
 ByPart = Mapping[str, Targets]
 """Part → the targets in it."""
+Which = Callable[[str, str], str]
+"""(part, pattern) → how the caller is told to say that the pattern is meant in that part."""
+
+
+def in_python(part: str, pattern: str) -> str:
+    return f"say which, for example {{{part!r}: {pattern!r}}}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Group:
     known: Sequence[ModuleFact]
     """What the patterns choose among, each module with the slots that the part owns."""
     parts: Parts | None
+    which: Which = in_python
 
     def fault(
         self, pattern: str, hits: Sequence[ModuleFact], meant: Sequence[ModuleFact], method: Method
@@ -50,15 +57,19 @@ class Group:
             return None
         counts = ", ".join(f"{owner or 'none of them'} ({count})" for owner, count in owners.items())
         fix = "language" if "language" in owners else next(owner for owner in owners if owner is not None)
-        return f"{pattern!r} hits several parts of the model, {counts}: say which, for example {{{fix!r}: {pattern!r}}}"
+        return f"{pattern!r} hits several parts of the model, {counts}: {self.which(fix, pattern)}"
 
 
 def grouped(
-    targets: Targets | ByPart, parts: Parts | None, known: Sequence[ModuleFact], found: list[str]
+    targets: Targets | ByPart,
+    parts: Parts | None,
+    known: Sequence[ModuleFact],
+    found: list[str],
+    which: Which = in_python,
 ) -> list[Group]:
     """The groups of `targets`; faults are added to `found`."""
     if not isinstance(targets, Mapping):
-        return [Group(None, patterns(targets, found), _heads(known, parts), parts)]
+        return [Group(None, patterns(targets, found), _heads(known, parts), parts, which)]
     if parts is None:
         found.append(
             f"{targets!r} names parts, and this model has none (no encoder beside a language model): leave them out"

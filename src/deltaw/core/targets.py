@@ -31,7 +31,7 @@ from torch import nn
 from deltaw.core.base import by_path, parameters
 from deltaw.core.errors import TargetError, faults
 from deltaw.core.facts import ModuleFact, facts
-from deltaw.core.groups import ByPart, Group, grouped
+from deltaw.core.groups import ByPart, Group, Which, grouped, in_python
 from deltaw.core.guards import bypassed, untrue
 from deltaw.core.host import HostSpec, WeightHost
 from deltaw.core.layers import layer_index, parse_layers
@@ -50,17 +50,19 @@ def plan(
     exclude: Targets = (),
     layers: str | int | Iterable[int] | None = None,
     given: Mapping[str, Sequence[str]] | None = None,
+    which: Which = in_python,
 ) -> TargetPlan:
     """Resolve `targets` against `model` for `method`. Pure; raises TargetError with every fault found.
 
     given: parts of the model that it does not tell itself (`deltaw.core.parts.find`).
+    which: how an error says that one part is to be chosen, where that is written in another way than here.
     """
     parts, there = find(model, given), by_path(model)
     known = refused(facts(model, method), unreached(model, parts))
     found: list[str] = []
     notes: list[str] = []
     chosen: dict[str, ModuleFact] = {}
-    groups = grouped(targets, parts, known, found)
+    groups = grouped(targets, parts, known, found, which)
     for group in groups:
         chosen = _chosen(group, chosen, method, found, notes)
     chosen = _without(patterns(exclude, found), chosen, known, found)

@@ -55,10 +55,11 @@ def meant(name: str, value: Any) -> bool:
     return named or (isinstance(first, str) and FILE.search(first) is not None)
 
 
-def placed(row: Example, fields: Mapping[str, Any], folder: Path | None) -> tuple[Example, list[str]]:
+def placed(row: Example, fields: Mapping[str, Any], folder: Path | None, seen: str = "") -> tuple[Example, list[str]]:
     """The row with the files of its images in its turns, and what is wrong with them. Rows of text stay as they are.
 
-    fields: the row as it stands in its file; folder: where its images lie, None for the working directory.
+    fields: the row as it stands in its file; folder: where its images lie, None for the working directory; seen: where names
+    are seen from and how to change that, said of files that are not there.
     """
     try:
         names = _beside(fields)
@@ -75,7 +76,7 @@ def placed(row: Example, fields: Mapping[str, Any], folder: Path | None) -> tupl
         elif turn.images and turn.role == "assistant":
             found.append(f"message {number} is the assistant's and holds an image: only text can be learnt")
     there = [replace(m, images=tuple((folder or Path()) / image for image in m.images)) for m in turns]
-    found += [fault for m in there for image in m.images if (fault := unfit(image))]
+    found += [fault for m in there for image in m.images if (fault := unfit(image, seen))]
     return replace(row, messages=tuple(there)), list(dict.fromkeys(found))
 
 
@@ -130,13 +131,13 @@ def _marked(turns: Sequence[Message], images: int) -> list[Message]:
     ]
 
 
-def unfit(path: Path) -> str:
-    """A sentence where a file is no image that opens, else ""."""
+def unfit(path: Path, seen: str = "") -> str:
+    """A sentence where a file is no image that opens, else "". seen: as for `placed`."""
     try:
         if path.is_dir():
             return f"the image {str(path)!r} is a folder, not a file"
         if not path.exists():
-            return f"no image {str(path)!r}: names are seen from the folder of the rows, or from the source's `images`"
+            return f"no image {str(path)!r}: {seen or 'there is no such file'}"
         if not path.stat().st_size:
             return f"the image {str(path)!r} is an empty file (0 bytes)"
         look(path)

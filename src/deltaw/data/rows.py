@@ -16,6 +16,11 @@ from deltaw.data.conversation import Example
 from deltaw.data.forms import Form, detect, example, unread
 from deltaw.data.sources import Given
 
+SEEN = (
+    "names are seen from the folder of the rows, or from that which the source's `images` gives (deltaw eval: --images)"
+)
+"""Said of images that are not there."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -116,7 +121,8 @@ def examples(
         row, wrong = example(here, record.fields, record.line, record.where)
         if not wrong:
             folder = record.file.parent if record.file is not None else None
-            row, wrong = images.placed(row, record.fields, folder if source.images is None else Path(source.images))
+            folder = folder if source.images is None else Path(source.images)
+            row, wrong = images.placed(row, record.fields, folder, SEEN)
         for name in () if left is None else unread(here, record.fields) - inside:
             left[name] = left.get(name, False) or (not row.images and images.meant(name, record.fields[name]))
         yield from (f"{record.where}: {fault}" for fault in wrong)

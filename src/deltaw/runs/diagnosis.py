@@ -95,7 +95,9 @@ def not_falling(run: Course) -> Finding:
     if rose:
         return Finding(name, "fault", evidence, f"lower train.learning_rate{now} to a third or a tenth")
     if run.evals and min(values(run.evals)) < run.evals[0][1]:
-        small = "it falls, by less than 2 %: train longer, or raise train.learning_rate, if the rows have more to teach"
+        small = (
+            "less than 2 % counts as none: train longer, or raise train.learning_rate, if the rows have more to teach"
+        )
         return Finding(name, "warning", evidence, small)
     if not run.evals and run.lines[-1][1] < run.lines[0][1]:
         return Finding(name, "unknown", f"{evidence}, within the noise of its lines: set data.eval")

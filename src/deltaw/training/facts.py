@@ -58,9 +58,10 @@ def unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     found = [f"{key} was {old!r}, is {new!r}" for key, old, new in _differences(began, now["config"], "")]
     for key, what in (("rows", "training rows"), ("held_out", "held-out rows")):
         if before["digest"][key] != now["digest"][key]:
-            found.append(
-                f"the {what} are others: {before[key]:,} then, {now[key]:,} now, or the same number with other tokens"
-            )
+            counts = f"{before[key]:,} then, {now[key]:,} now"
+            if before[key] == now[key]:
+                counts = f"{now[key]:,} as before, with other tokens, or with images whose files have changed"
+            found.append(f"the {what} are others: {counts}")
     if found:
         raise faults(TrainError, "the run cannot continue as it began", found)
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.config.schema import Config
-from deltaw.core import targets
 from deltaw.core.attach import adapters
 from deltaw.core.base import by_path, parameters
 from deltaw.core.errors import TargetError, UseError
@@ -27,7 +26,7 @@ from deltaw.models.base import DTYPES, limit_of, outline
 from deltaw.models.quantize import layers, method_of
 from deltaw.planner.arithmetic import optimizer_steps
 from deltaw.planner.memory import Memory, Weight, optimizer_bytes, weight_bytes
-from deltaw.training.parts import ByPart, by_part, only
+from deltaw.training.parts import ByPart, by_part, only, whole
 from deltaw.training.prepare import Prepared, longest
 from deltaw.training.rehearsal import NAME, Counted, dress, rehearse
 from deltaw.training.watch import holes
@@ -179,9 +178,7 @@ def _planned(config: Config, carried: Sequence[Target] | None) -> Outlook | None
         return Outlook(model, found.plan(model), found.kept, there, found)
     if there is not None:
         return Outlook(model, TargetPlan(there, parameters(model)), carried=there)
-    return Outlook(
-        model, targets.plan(model, chosen.method, chosen.targets, exclude=chosen.exclude, layers=chosen.layers)
-    )
+    return Outlook(model, whole(model, chosen))
 
 
 def held_by(folder: str, model: nn.Module) -> tuple[Target, ...]:

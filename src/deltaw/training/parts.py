@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaw.config.parts import FROZEN, PartConfig
+from deltaw.config.parts import FROZEN, PartConfig, everything
 from deltaw.config.schema import AdapterConfig
 from deltaw.core import targets as planning
 from deltaw.core.attach import adapters
@@ -101,6 +101,19 @@ def _planned(
         return planning.plan(model, wanted.method, {part: wanted.targets}, **where), []
     except TargetError as error:
         return None, [f"{part}: {fault}" for fault in error.faults or (str(error),)]
+
+
+def whole(model: nn.Module, chosen: AdapterConfig) -> TargetPlan:
+    """The plan of an adapter section without parts. TargetError, in a configuration's words where parts are needed."""
+
+    def which(part: str, pattern: str) -> str:
+        method = chosen.method
+        one = method.name if pattern == everything(type(method)) else f"{{targets: {pattern!r}}}"
+        return f"name it in adapter.parts, not in adapter.targets: for example adapter.parts={{{part}: {one}}}"
+
+    return planning.plan(
+        model, chosen.method, chosen.targets, exclude=chosen.exclude, layers=chosen.layers, which=which
+    )
 
 
 def _own(there: Sequence[Target]) -> set[type]:
