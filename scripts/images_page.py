@@ -94,7 +94,7 @@ def easy(found: dict[str, Any]) -> str:
     rows += [[text, *(share(scores[name][kind]) for kind in kinds)] for name, text in said.items()]
     text += grid(["", *(kind if kind != "all" else "all questions" for kind in kinds)], rows)
     return text + (
-        f"\nLoRA's rates tried on seed 0, with the loss on {found['checked']} questions about 200 held-out training images: "
+        f"\nLoRA's rates tried on seed 0 for {found['try_steps']} steps, with the loss on {found['checked']} held-out questions: "
         f"{_rates(found['tried'], found['chosen'])}.\n\n"
         "![Test images, a question, and what is said after each stage](pictures/easy_vqa.svg)\n"
     )
