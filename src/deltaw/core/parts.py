@@ -22,6 +22,8 @@ from deltaw.core.base import base_modules, base_parameters, unwrapped
 from deltaw.core.errors import TargetError, did_you_mean, faults
 
 PARTS = ("vision", "projector", "language", "head")
+SEEING = ("vision", "projector")
+"""Parts that get a gradient from rows with images alone."""
 PROJECTORS = frozenset((
     "multi_modal_projector", "mm_projector", "connector", "merger", "deepstack_merger_list", "merger_list", "aligner",
     "projector", "mlp1", "resampler", "resampler_model", "vision_adapter", "vision_projection", "embed_vision",

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from deltaw.core.errors import DataError, UseError
+from deltaw.core.text import counted
 from deltaw.data.conversation import IMAGE, Example, Message
 from deltaw.data.turns import MARK, NEXT, Unreadable, image_name
 
@@ -106,14 +107,10 @@ def _filled(turns: list[Message], names: Sequence[str] | None) -> tuple[list[Mes
         turns = _marked(turns, len(names))
         inside = [image for m in turns for image in m.images]
     if len(inside) != len(names):
-        written, files = _count(len(inside), "place"), _count(len(names), "image")
+        written, files = counted(len(inside), "place"), counted(len(names), "image")
         return turns, [f"it has {written} for an image ({MARK} or a part) and {files}: write one for each"]
     files = iter(map(Path, names))
     return [replace(m, images=tuple(next(files) for _ in m.images)) for m in turns], []
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _marked(turns: Sequence[Message], images: int) -> list[Message]:

@@ -25,7 +25,7 @@ def use_packing(
 ) -> bool:  # fmt: skip
     """Resolve data.packing (true, false, auto) for this model and rows of these lengths, `batch` at a time.
 
-    pictured: two of the rows that hold images, where there are any; collate: packs them.
+    pictured: two of the rows that hold images, where there are any; collate: lays them out.
     UseError where it is asked for and the model would let rows see each other.
     """
     if choice is False or (choice == "auto" and padding(lengths, batch) < WASTE):

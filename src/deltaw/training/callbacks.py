@@ -23,7 +23,7 @@ from deltaw.core.attach import adapters, kinds
 from deltaw.core.base import base_parameters
 from deltaw.core.errors import TrainError, faults
 from deltaw.core.method import Site
-from deltaw.core.parts import Parts
+from deltaw.core.parts import SEEING, Parts
 from deltaw.runs.directory import RunDirectory
 from deltaw.training.watch import peak_memory
 
@@ -102,7 +102,7 @@ class GradientCheck(TrainerCallback):
             raise faults(TrainError, "adapter.parts", found)
 
     def _why(self, part: str | None) -> str:
-        if part in ("vision", "projector") and not self.features():
+        if part in SEEING and not self.features():
             return "no row has an image"
         return "is it run under no_grad, read before the layers that are trained, or followed by weights that are zero?"
 

@@ -196,7 +196,7 @@ def _on(
     known = {**facts(config, base, data, plan, total), "parents": parents, "predicted": predicted}
     known |= {"parts": [dataclasses.asdict(row) for row in attached.table]} if attached.table else {}
     pictured = data.report.with_images > 0
-    collate = Collator(base.tokenizer, packing=True, processor=base.processor)
+    collate = Collator(base.tokenizer, processor=base.processor)
     some = list(itertools.islice((row for row in data.encoded if row.images), 2)) if pictured else []
     collate.packing = use_packing(
         config.data.packing, base.model, lengths(data.encoded), config.train.batch_size, some, collate

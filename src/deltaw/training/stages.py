@@ -18,6 +18,7 @@ from deltaw.config import parse
 from deltaw.config.schema import Config
 from deltaw.core.errors import DeltawError, Interrupted, TrainError
 from deltaw.core.files import whole_folder
+from deltaw.core.parts import SEEING
 from deltaw.core.plan import Target
 from deltaw.runs.directory import RunDirectory
 from deltaw.training.forecast import foreseen
@@ -66,7 +67,7 @@ def _reached(data: Prepared | None, look: Outlook | None) -> None:
     if data is None or data.report.with_images or look is None or look.by_part is None:
         return
     trained = {look.by_part.parts.of(target.site.path) for target in look.plan.targets}
-    if found := [part for part in ("vision", "projector") if part in trained]:
+    if found := [part for part in SEEING if part in trained]:
         raise TrainError(
             f"adapter.parts: no row has an image, so no gradient would reach {' and '.join(found)}: give rows with images, or "
             f"freeze what sees ({found[0]}: frozen)"
