@@ -39,7 +39,7 @@ _WHERE = {
     "evaluate": "deltaw.infer.evaluate",
     "export": "deltaw.ship.export",
     "extract": "deltaw.core.attach",
-    "fused": "deltaw.fusion.mlp",
+    "fused": "deltaw.fusion.fused",
     "generate": "deltaw.infer.generate",
     "insert": "deltaw.core.attach",
     "load": "deltaw.models.adapters",
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from deltaw.core.plan import TargetPlan
     from deltaw.core.route import use
     from deltaw.core.state import AdapterState
-    from deltaw.fusion.mlp import fused
+    from deltaw.fusion.fused import fused
     from deltaw.infer.evaluate import evaluate
     from deltaw.infer.generate import generate
     from deltaw.library.store import Library

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import deltaw
 from deltaw.core.attach import adapters
-from deltaw.fusion.mlp import FusedMLP, fused, parts_of
+from deltaw.fusion.fused import fused
+from deltaw.fusion.mlp import FusedMLP, parts_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -19,6 +20,13 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 FUSES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2"]
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that share an x compute by themselves: together they are rounded otherwise (tests/fusion/test_siblings.py)."""
+    for place in ("mlp", "siblings"):
+        monkeypatch.setattr(f"deltaw.fusion.{place}.together", lambda group, x: None)
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:

@@ -19,6 +19,7 @@ from deltaw.core.carried import Carried, base_class_of, carried, here, hold
 from deltaw.core.host import ParameterHost, host_of
 from deltaw.core.method import Method, Site
 from deltaw.core.rows import PerRow, by_rows
+from deltaw.core.together import now
 
 
 class Adapted:
@@ -31,7 +32,9 @@ class Adapted:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = super().forward  # type: ignore[misc]
-        there = self._deltaw
+        there, together = self._deltaw, now()
+        if together is not None and (y := together.output(self, args, kwargs)) is not None:  # type: ignore[arg-type]
+            return y
         batch = there.batch
         if (
             batch is not None

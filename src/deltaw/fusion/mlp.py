@@ -1,7 +1,6 @@
 """Gated MLPs (Llama, Mistral, Qwen, Gemma, …) that keep two tensors of [T, inner] for the backward pass instead of four.
 
-    with fused(model) as n:     y = down(act(gate(x)) ⊙ up(x)), its second half by `kernels.glu`
-        train(model)
+    y = down(act(gate(x)) ⊙ up(x)), its second half by `kernels.glu`, gate and up together by `kernels.siblings`
 
 An MLP is known by its structure: two linear layers [inner, width], one [width, inner], an activation, and a forward that
 equals the formula, to the bit, on a random input. gate and up are called as modules, whatever they carry; down must be
@@ -9,20 +8,19 @@ a plain linear layer with at most one adapter on it that hosts can fuse (`Weight
 at the moment of a call (two live adapters, hooks, autocast), the class's own forward runs.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from deltaw.core.base import unwrapped
 from deltaw.core.carried import base_class_of, carried
 from deltaw.core.host import host_of
+from deltaw.core.together import Together
+from deltaw.fusion.siblings import together
 from deltaw.kernels.glu import ACTIVATIONS, glu_down
 
-_KEY = "_deltaw_fused"
+KEY = "_deltaw_fused"
 
 
 class Parts(NamedTuple):
@@ -40,7 +38,7 @@ class FusedMLP:
     unfused: ClassVar[type[nn.Module]]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down, kind = self.__dict__[_KEY]
+        gate, up, down, kind = self.__dict__[KEY]
         simple = down.simple() if torch.is_grad_enabled() else None
         if (
             simple is None
@@ -50,19 +48,10 @@ class FusedMLP:
         ):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         weight, bias, change = simple
-        return glu_down(getattr(self, gate)(x), getattr(self, up)(x), weight, bias, change, kind)
-
-
-@contextlib.contextmanager
-def fused(model: nn.Module) -> Iterator[int]:
-    """Swap the class of every MLP of `model` that allows it, and back at the end; gives their number."""
-    found = [module for module in unwrapped(model).modules() if (parts := parts_of(module)) and _swap(module, parts)]
-    try:
-        yield len(found)
-    finally:
-        for module in found:
-            module.__class__ = type(module).unfused  # type: ignore[attr-defined]
-            del module.__dict__[_KEY]
+        first, second = getattr(self, gate), getattr(self, up)
+        with Together([(first, second)], together):
+            opened, beside = first(x), second(x)
+        return glu_down(opened, beside, weight, bias, change, kind)
 
 
 def parts_of(module: nn.Module) -> Parts | None:
@@ -124,15 +113,3 @@ def _alike(module: nn.Module, parts: Parts) -> bool:
             for name, child in module.named_children()
         }
     return parts_of(small) is not None
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _swap(module: nn.Module, parts: Parts) -> bool:
-    own = type(module)
-    if own not in _CLASSES:
-        _CLASSES[own] = type(f"Fused{own.__name__}", (FusedMLP, own), {"unfused": own, "__module__": own.__module__})
-    module.__dict__[_KEY] = parts
-    module.__class__ = _CLASSES[own]
-    return True

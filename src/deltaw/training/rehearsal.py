@@ -27,7 +27,7 @@ from deltaw.core.host import host_of
 from deltaw.core.parts import find
 from deltaw.core.place import place
 from deltaw.core.plan import Target
-from deltaw.fusion.mlp import fused
+from deltaw.fusion.fused import fused
 from deltaw.infer.loss import SFTLoss
 from deltaw.training.meter import Meter, attention
 

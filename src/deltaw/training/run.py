@@ -26,7 +26,7 @@ from deltaw.core.plan import TargetPlan
 from deltaw.data.collate import Collator
 from deltaw.data.store import lengths
 from deltaw.formats import directory
-from deltaw.fusion.mlp import fused
+from deltaw.fusion.fused import fused
 from deltaw.infer.evaluate import generate_samples, measured
 from deltaw.infer.metrics import metrics
 from deltaw.infer.packing import use_packing
