@@ -8,6 +8,7 @@ The adapters' factors, all frozen, become slices of the two: they stay parameter
 a switch, and what is written into them counts. A model that moved has its tensors elsewhere: then the bank is made anew.
 """
 
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from deltaw.core.adapter import Call, WeightAdapter
 from deltaw.core.carried import Carried
 from deltaw.core.host import WeightHost
 
+_PARAMETERS, _FACTS = operator.attrgetter("_parameters"), operator.attrgetter("scale", "dropout")
 SKEW = 4
 """Most that filling up ranks or rows to the largest may cost, as a multiple of what is there."""
 
@@ -51,10 +53,10 @@ class Bank:
             adapter.move_into(self.a[number, :rank], self.bt[number, :rank])
         self.places, self.drops = self._places(), any(adapter.dropout for adapter in adapters)
 
-    def _places(self) -> list[float]:
+    def _places(self) -> list[Any]:
         """Where every factor lies, the scales and dropouts: what plans and routes rely on."""
-        places: list[float] = [p.data_ptr() for adapter in self.adapters for p in adapter._parameters.values()]
-        return places + [fact for adapter in self.adapters for fact in (adapter.scale, adapter.dropout)]
+        parameters = itertools.chain.from_iterable(map(dict.values, map(_PARAMETERS, self.adapters)))
+        return [*map(Tensor.data_ptr, parameters), *map(_FACTS, self.adapters)]  # at every call: no loop in Python
 
     def holds(self, adapters: Sequence[Any]) -> bool:
         """Are these its adapters, and are their factors still here?"""

@@ -31,7 +31,7 @@ def grouped(
         h = (h.view(*rows.shape, -1) * weights[..., None]).to(bt.dtype).view(h.shape)
     out, alpha = torch.bmm(h, bt), 1.0 if weight is None else weight
     if ordered:  # every place is a row
-        return y.add_(out.view(y.shape).to(y.dtype), alpha=alpha)
+        return y.add_(out.view(y.shape), alpha=alpha)
     out = out.view(*rows.shape, *y.shape[1:])
     if weight is None:  # 0 · NaN is not nothing
         out = torch.where(weights.view(*rows.shape, *[1] * (y.ndim - 1)) != 0, out, 0.0)
@@ -40,7 +40,8 @@ def grouped(
 
 def _twin(x: Tensor, a: Tensor) -> bool:
     """Few rows through fp32 factors, where nothing but reading them counts."""
-    few = x.shape[:-1].numel() <= len(a) * a.shape[1] and a.dtype == torch.float32
+    if not twins.usable(x) or a.dtype != torch.float32 or x.shape[:-1].numel() > len(a) * a.shape[1]:
+        return False
 
     def pair() -> tuple[Tensor, Tensor]:
         y, one = twins.sample((4, 3, 33), 0, x), twins.sample((4, 3, 40), 1, x)
@@ -50,4 +51,4 @@ def _twin(x: Tensor, a: Tensor) -> bool:
         plain = y + torch.einsum("kntr,kro->knto", h, second).reshape(y.shape).to(y.dtype)
         return twins.grouped(y, one, first, second, weights), plain
 
-    return few and twins.usable(x) and twins.trusted(("grouped", x.device, x.dtype), pair)
+    return twins.trusted(("grouped", x.device, x.dtype), pair)

@@ -124,7 +124,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, change: Change) 
     if x.ndim == 1:
         return lora_linear(x[None], weight, bias, change)[0]
     if few(x, a) and not p:
-        y = lora_add(F.linear(x, weight, bias), x, change)
+        y = _few_added(F.linear(x, weight, bias), x, a, b, scale)
         return y if gain is None else torch.addcmul(y, y if bias is None else y - bias, (gain - 1).to(y.dtype))
     return LoRALinear.apply(x, weight, bias, a, b, gain, new_seed() if p else None, scale, p)[0]  # type: ignore[no-any-return]
 
@@ -141,13 +141,19 @@ def few_rows(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     return F.linear(F.linear(scale * x.to(a.dtype), a), b).to(x.dtype)
 
 
+def _few_added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    """y [.., out] with s·(x Aᵀ) Bᵀ added in place: what torch is called for costs more than the sums, so it is called seldom."""
+    change = F.linear(F.linear(x.to(a.dtype), a), b)
+    return y.add_(scale * change) if isinstance(scale, Tensor) else y.add_(change, alpha=scale)
+
+
 def lora_add(y: Tensor, x: Tensor, change: Change) -> Tensor:
     """y [.., out] + s·(D(x) Aᵀ) Bᵀ in one pass over y, where something else made y. The gain is not looked at."""
     a, b, scale, _, p = change
     if x.ndim == 1:
         return lora_add(y[None], x[None], change)[0]
     if few(x, a) and not p:
-        return y + few_rows(x, a, b, scale)
+        return _few_added(y.clone(), x, a, b, scale)
     h, up = Down.apply(x, a, new_seed(), p) if p else F.linear(x, a.to(x.dtype)), _up(b, scale, p, x.dtype)
     return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.T).view_as(y)
 

@@ -138,8 +138,9 @@ def grouped(y: Tensor, x: Tensor, a: Tensor, bt: Tensor, weights: Tensor) -> Ten
 def usable(x: Tensor) -> bool:
     """Is x where these can run? In a compiled graph the compiler fuses by itself; other kinds of tensors, and those that
     torch.func transforms, have no memory to give."""
-    plain = type(x) in (Tensor, torch.nn.Parameter) and not torch._C._are_functorch_transforms_active()
-    return ON(x) and x.dtype in DTYPES and plain and not torch.compiler.is_compiling() and _there()
+    if not ON(x) or x.dtype not in DTYPES or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    return not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()) and _there()
 
 
 @functools.cache
