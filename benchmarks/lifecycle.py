@@ -3,10 +3,11 @@
     python -m benchmarks lifecycle [--layers 32,80] [--rounds 5] [--adapters 8,16,32] [--device cuda --hidden 4096 --depth 4]
 
 Toy Llama (hidden 32, 7 linear layers a block), LoRA r 4 on all of them: times of Python and dispatch, not of arithmetic. A
-decode step is one token for each row of a model of 75 M parameters in bf16 with as many adapters r 16: the bare base, the base
-with one of them merged, one adapter for all rows, and an adapter for each row (PEFT's adapter_names; routing included). A mix
-is four adapters r 16 of a layer of 2048 × 2048 in one of rank 16. Sides take turns; medians of rounds. That the row of an
-adapter gives what the adapter alone gives, and that both mixes are one change, is asserted. On a CUDA device decoding alone is measured.
+decode step is one token for each row of a model of 75 M parameters, in bf16 (fp32 where the CPU has no units for that), with as
+many adapters r 16: the bare base, the base with one of them merged, one adapter for all rows, and an adapter for each row (PEFT's
+adapter_names; routing included). A mix is four adapters r 16 of a layer of 2048 × 2048 in one of rank 16. Sides take turns;
+medians of rounds. That the row of an adapter gives what the adapter alone gives, and that both mixes are one change, is
+asserted. On a CUDA device decoding alone is measured.
 """
 
 import copy
@@ -27,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import deltaw
 from benchmarks import step
-from benchmarks._common import keep, parser
+from benchmarks._common import DTYPES, dtypes, keep, measured, parser
 from deltaw.core.attach import adapters
 from deltaw.core.method import Site
 from deltaw.core.state import delta
@@ -107,8 +108,8 @@ def overheads(layers: int, rounds: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def decode(count: int, rounds: int) -> dict[str, Any]:
-    base = step.base(torch.bfloat16).eval()
+def decode(count: int, rounds: int, dtype: str) -> dict[str, Any]:
+    base = step.base(DTYPES[dtype]).eval()
     mine, names = copy.deepcopy(base), [f"a{number}" for number in range(count)]
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     other: Any = peft.get_peft_model(copy.deepcopy(base), config, adapter_name=names[0])  # type: ignore[arg-type]
@@ -226,11 +227,12 @@ def main(arguments: list[str]) -> None:
     step.DEVICE, step.HIDDEN, step.LAYERS = args.device, args.hidden, args.depth
     if args.device == "cuda":
         name = f"{torch.cuda.get_device_name()}, hidden {args.hidden}, {args.depth} layers"
-        found = {count: decode(int(count), 4 * args.rounds) for count in args.adapters.split(",")}
+        found = {count: decode(int(count), 4 * args.rounds, "bf16") for count in args.adapters.split(",")}
         return keep("lifecycle_cuda", {"device": name, "decode": found})
+    dtype = dtypes()[0]
+    decoded = {count: decode(int(count), 4 * args.rounds, dtype) for count in args.adapters.split(",")}
     keep("lifecycle", {
-        "threads": torch.get_num_threads(), "rounds": args.rounds, "imports": imports(args.rounds),
+        "measured": measured(args.rounds), "imports": imports(args.rounds),
         "layers": {layers: overheads(int(layers), args.rounds) for layers in args.layers.split(",")},
-        "decode": {count: decode(int(count), 4 * args.rounds) for count in args.adapters.split(",")},
-        "mix": mixes(args.rounds),
-    })  # fmt: skip
+        "decode": {dtype: {"measured": measured(4 * args.rounds), "rows": decoded}}, "mix": mixes(args.rounds),
+    }, beside=("decode",))  # fmt: skip

@@ -2,7 +2,8 @@
 
     python -m benchmarks loss [--vocabularies 32768,131072] [--rounds 7]
 
-Llama of two layers (hidden 512, bf16, random, LoRA r 16), 4 rows of 256 tokens of which the last quarter is supervised.
+Llama of two layers (hidden 512, random, LoRA r 16; bf16, or fp32 where the CPU has no units for that), 4 rows of 256 tokens
+of which the last quarter is supervised.
     ours       supervised positions only, chunks that make their own gradient
     stock      the model's own loss: logits of all positions
     trl        SFTTrainer.compute_loss (with its defaults but for bf16 autocast and gradient checkpointing)
@@ -25,7 +26,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import deltaw
-from benchmarks._common import highest, keep, parser
+from benchmarks._common import DTYPES, dtypes, highest, keep, measured, parser
 from deltaw.infer.loss import SFTLoss
 
 SIDES = ("ours", "stock", "trl", "body")
@@ -33,13 +34,13 @@ ROWS, LENGTH = 4, 256
 Loss = Callable[[], Tensor]
 
 
-def model_of(vocabulary: int) -> Any:
+def model_of(vocabulary: int, dtype: str) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=512, intermediate_size=1408, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=8, tie_word_embeddings=False, use_cache=False,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config).to(DTYPES[dtype])
     deltaw.attach(model, deltaw.LoRA(rank=16), targets="all-linear")
     return model.train()
 
@@ -97,9 +98,9 @@ def step(model: Any, loss: Loss) -> tuple[float, float, float]:
     return seconds, float(value.detach()), norm
 
 
-def peak(side: str, vocabulary: int) -> int:
+def peak(side: str, vocabulary: int, dtype: str) -> int:
     """Highest resident size during two steps above that of the loaded model, in this process."""
-    model = model_of(vocabulary)
+    model = model_of(vocabulary, dtype)
     loss = losses(model, (side,))[side]
     gc.collect()
     with highest() as size:
@@ -108,8 +109,8 @@ def peak(side: str, vocabulary: int) -> int:
     return size[0]
 
 
-def compare(vocabulary: int, rounds: int) -> dict[str, Any]:
-    model = model_of(vocabulary)
+def compare(vocabulary: int, rounds: int, dtype: str) -> dict[str, Any]:
+    model = model_of(vocabulary, dtype)
     acts = losses(model, SIDES)
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     values = {}
@@ -123,7 +124,7 @@ def compare(vocabulary: int, rounds: int) -> dict[str, Any]:
     middle = {side: statistics.median(seconds[1:]) for side, seconds in times.items()}
     peaks = {}
     for side in SIDES:
-        call = f"from benchmarks.loss import peak; print(peak({side!r}, {vocabulary}))"
+        call = f"from benchmarks.loss import peak; print(peak({side!r}, {vocabulary}, {dtype!r}))"
         done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True)
         peaks[side] = round(int(done.stdout.split()[-1]) / 1e6, 1)
     return {
@@ -137,5 +138,6 @@ def main(arguments: list[str]) -> None:
     options.add_argument("--vocabularies", default="32768,131072")
     options.add_argument("--rounds", type=int, default=7)
     args = options.parse_args(arguments)
-    found = {v: compare(int(v), args.rounds) for v in args.vocabularies.split(",")}
-    keep("loss", {"threads": torch.get_num_threads(), "rounds": args.rounds, "vocabularies": found})
+    dtype = dtypes()[0]
+    found = {v: compare(int(v), args.rounds, dtype) for v in args.vocabularies.split(",")}
+    keep("loss", {dtype: {"measured": measured(args.rounds), "vocabularies": found}}, beside=())

@@ -1,6 +1,6 @@
 """A training step beside the frozen base and PEFT: time, and bytes kept for the backward pass.
 
-    python -m benchmarks step [--dtypes bf16,fp32] [--shapes 4x256,1x1024] [--rounds 7] [--dropout 0.05] [--sides ours,bound]
+    python -m benchmarks step [--dtypes fp32] [--shapes 4x256,1x1024] [--rounds 7] [--dropout 0.05] [--sides ours,bound]
                               [--memory] [--device cuda --hidden 4096 --layers 4]
 
 Llama of 75 M parameters (hidden 768, 8 layers, random), LoRA r 16 on all linear layers, stock loss on all positions.
@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import peft
@@ -30,10 +30,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import deltaw
-from benchmarks._common import highest, keep, parser
+from benchmarks._common import DTYPES, dtypes, highest, keep, measured, parser
 from deltaw.core.attach import adapters
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SIDES = ("bound", "ours", "plain", "peft", "peft_cast", "full", "dora", "peft_dora")
 RANK, ALPHA = 16, 32
 VOCABULARY = 12288
@@ -203,7 +202,7 @@ def apart(function: str, *given: Any) -> Any:
 
 def main(arguments: list[str]) -> None:
     options = parser(__doc__)
-    options.add_argument("--dtypes", default="bf16,fp32")
+    options.add_argument("--dtypes", help="bf16,fp32; those that the CPU has units for")
     options.add_argument("--shapes", default="4x256,1x1024")
     options.add_argument("--sides", default=",".join(SIDES))
     options.add_argument("--rounds", type=int, default=7)
@@ -216,17 +215,20 @@ def main(arguments: list[str]) -> None:
     args = options.parse_args(arguments)
     globals().update(DEVICE=args.device, HIDDEN=args.hidden, LAYERS=args.layers)
     found: dict[str, Any] = {"threads": torch.get_num_threads(), "rounds": args.rounds, "dropout": args.dropout}
-    write: Callable[[str, dict[str, Any]], None] = (lambda _, result: print(result)) if args.dry else keep
     sides = args.sides.split(",")
     if args.device == "cuda":
         found["device"] = f"{torch.cuda.get_device_name()}, hidden {args.hidden}, {args.layers} layers"
-    for dtype in args.dtypes.split(","):
+    for dtype in args.dtypes.split(",") if args.dtypes else dtypes():
         for shape in args.shapes.split(","):
             rows, length = map(int, shape.split("x"))
             one = apart("compare", dtype, sides, rows, length, args.rounds, args.dropout)
             if args.memory:
                 peaks = {side: apart("peak", side, dtype, rows, length, args.dropout) for side in sides}
                 one["peak_megabytes"] = {side: round(size / 1e6, 1) for side, size in peaks.items()}
+            if args.device == "cpu":
+                one["measured"] = measured(args.rounds)
             found[f"{dtype} {shape}"] = one
             print(dtype, shape, one, flush=True)
-    write("_".join(["step", *["dropout"] * bool(args.dropout), *["cuda"] * (args.device == "cuda")]), found)
+    name = "_".join(["step", *["dropout"] * bool(args.dropout), *["cuda"] * (args.device == "cuda")])
+    if not args.dry:
+        keep(name, found, beside=None if args.device == "cuda" else ())

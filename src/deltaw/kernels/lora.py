@@ -130,9 +130,9 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, change: Change) 
 
 
 def few(x: Tensor, a: Tensor) -> bool:
-    """Are there few rows for the ranks, as in a decoding step, and no gradient? Then casting x costs less than casting both."""
+    """Are there few rows for the ranks, as in a decoding step, and no gradient? Then A and B are read and nothing is made of them."""
     return (
-        not torch.is_grad_enabled() and x.dtype.itemsize < a.dtype.itemsize and x.shape[:-1].numel() <= 4 * a.shape[0]
+        not torch.is_grad_enabled() and x.dtype.itemsize <= a.dtype.itemsize and x.shape[:-1].numel() <= 4 * a.shape[0]
     )
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.adapter import Adapter, Factors, WeightAdapter, compute_dtype
+from deltaw.core.autocast import autocasts
 from deltaw.core.host import HostSpec
 from deltaw.core.method import Given, Method, Owned, Part, Site, register
 from deltaw.kernels.lora import few, few_rows
@@ -73,7 +74,7 @@ class LoRAAdapter(WeightAdapter):
 
     def low_rank(self, host: Any, x: Tensor, scale: float | Tensor) -> Tensor:
         (a, b), dtype = self.pair(), compute_dtype(host, x)
-        if a.ndim == 2 and x.is_floating_point() and few(x, a):
+        if a.ndim == 2 and x.is_floating_point() and few(x, a) and not autocasts(x):
             return few_rows(x, a, b, scale)
         return host.low_rank(x, a.to(dtype), (scale * b).to(dtype))
 
