@@ -208,7 +208,8 @@ def test_what_comes_after_fusing_is_not_missed(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [deltaw.DoRA(rank=4), deltaw.LoRA(rank=4, dropout=0.3), deltaw.core.method.get("full")()]
+    "method",
+    [deltaw.DoRA(rank=4, dropout=0.3), deltaw.LoRA(rank=4, dropout=0.3), deltaw.core.method.get("full")()],
 )
 def test_other_methods_compute_by_themselves(method: Any, computed: list[int]) -> None:
     model = tuned(llama(), method).train()
@@ -216,6 +217,18 @@ def test_other_methods_compute_by_themselves(method: Any, computed: list[int]) -
     with deltaw.fused(model):
         close(gradients(model), plain)
     assert not computed
+
+
+@pytest.mark.parametrize(
+    "method", [deltaw.DoRA(rank=4), deltaw.LoRA(rank=4, init="pissa"), deltaw.LoRA(rank=4, rslora=True)]
+)
+def test_methods_that_are_a_gain_and_two_factors(method: Any, computed: list[int]) -> None:
+    torch.manual_seed(0)
+    model = tuned(llama(attention_bias=True), method).train()
+    plain = gradients(model)
+    with deltaw.fused(model):
+        close(gradients(model), plain)
+    assert set(computed) == {2, 3}
 
 
 def test_layers_that_are_not_adapted_stay_out(computed: list[int]) -> None:
@@ -250,7 +263,7 @@ class Odd(nn.Module):
         self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
 
     def forward(self, x: Tensor, changed: bool = False, again: Tensor | None = None) -> Tensor:
-        a = self.a(x)
+        a = self.a(x) + torch.rand(())
         if changed:
             x.add_(1.0)
         b = self.b(x) * (1 if again is None else self.c(again))
@@ -282,6 +295,16 @@ def test_a_trial_keeps_to_what_is_sure(computed: list[int]) -> None:
         assert computed == sizes
         if not changed:
             close(inside, gradients(model, run(changed, same)))
+
+
+def test_a_trial_draws_no_random_numbers() -> None:
+    model, x = tuned(Odd(), targets=["a", "b", "c", "d"]), torch.randn(3, 8)
+    torch.manual_seed(7)
+    plain, state = model(x), torch.get_rng_state()
+    with deltaw.fused(model):
+        torch.manual_seed(7)
+        torch.testing.assert_close(model(x), plain)
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_too_many_forms_of_a_call_are_not_tried(computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,32 +14,44 @@ IN, SIZES, SCALES = 7, ((4, 2), (5, 3), (3, 1)), (1.7, 0.5, -1.0)
 """out and rank of each layer: none is another's."""
 
 
-def layers(dtype: torch.dtype = torch.float64, masters: torch.dtype = torch.float64) -> list[Layer]:
+def layers(
+    dtype: torch.dtype = torch.float64, masters: torch.dtype = torch.float64, gained: Sequence[int] = ()
+) -> list[Layer]:
+    """gained: numbers of those that have a gain."""
     torch.manual_seed(0)
     return [
         Layer(
             torch.randn(out, IN, dtype=dtype), torch.randn(out, dtype=dtype) if number else None,
             torch.randn(r, IN, dtype=masters, requires_grad=True), torch.randn(out, r, dtype=masters, requires_grad=True),
-            scale,
+            scale, (1 + torch.randn(out, dtype=masters)).requires_grad_() if number in gained else None,
         )
         for number, ((out, r), scale) in enumerate(zip(SIZES, SCALES, strict=True))
     ]  # fmt: skip
 
 
 def plain(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
-    return tuple(F.linear(x, w, bias) + scale * F.linear(F.linear(x, a), b) for w, bias, a, b, scale in layers)
+    found = []
+    for w, bias, a, b, scale, gain in layers:
+        z = F.linear(x, w) + scale * F.linear(F.linear(x, a), b)
+        z = z if gain is None else gain * z
+        found.append(z if bias is None else z + bias)
+    return tuple(found)
 
 
 def factors(layers: Sequence[Layer]) -> list[Tensor]:
-    return [factor for layer in layers for factor in (layer.a, layer.b)]
+    return [factor for layer in layers for factor in (layer.a, layer.b, layer.gain) if factor is not None]
 
 
 def replaced(given: Sequence[Layer], new: Sequence[Tensor]) -> list[Layer]:
-    return [layer._replace(a=a, b=b) for layer, a, b in zip(given, new[::2], new[1::2], strict=True)]
+    left = iter(new)
+    return [
+        layer._replace(a=next(left), b=next(left), gain=None if layer.gain is None else next(left)) for layer in given
+    ]
 
 
-def test_values_and_gradients_of_two_orders() -> None:
-    given, x = layers(), torch.randn(3, 5, IN, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("gained", [(), (0, 1, 2), (1,)])
+def test_values_and_gradients_of_two_orders(gained: Sequence[int]) -> None:
+    given, x = layers(gained=gained), torch.randn(3, 5, IN, dtype=torch.float64, requires_grad=True)
     inputs = (x, *factors(given))
     ours, theirs = siblings(x, given), plain(x, given)
     torch.testing.assert_close(ours, theirs)
@@ -55,7 +67,7 @@ def test_values_and_gradients_of_two_orders() -> None:
 
 @pytest.mark.parametrize("used", [[0], [2], [0, 2], [1, 2]])
 def test_an_output_that_nobody_uses_has_no_gradient(used: list[int]) -> None:
-    given, x = layers(), torch.randn(6, IN, dtype=torch.float64, requires_grad=True)
+    given, x = layers(gained=(0, 2)), torch.randn(6, IN, dtype=torch.float64, requires_grad=True)
     found = [
         torch.autograd.grad(sum(ys[n].square().sum() for n in used), (x, *factors(given)), allow_unused=True)  # type: ignore[arg-type]
         for ys in (siblings(x, given), plain(x, given))
@@ -66,7 +78,10 @@ def test_an_output_that_nobody_uses_has_no_gradient(used: list[int]) -> None:
 
 
 def test_only_what_is_trained_gets_a_gradient() -> None:
-    given, x = layers(), torch.randn(6, IN, dtype=torch.float64)  # x without one, as behind a frozen embedding
+    given, x = (
+        layers(gained=(2,)),
+        torch.randn(6, IN, dtype=torch.float64),
+    )  # x without one, as behind a frozen embedding
     frozen = given[1].a.requires_grad_(False)
     sum(y.sum() for y in siblings(x, given)).backward()  # type: ignore[union-attr]
     assert x.grad is None and frozen.grad is None
@@ -99,16 +114,20 @@ def test_gradients_by_sample() -> None:
         torch.testing.assert_close([tensor[number] for tensor in each], list(one))
 
 
-def test_no_further_from_the_truth_in_bf16_than_each_by_itself() -> None:
-    given, x = layers(torch.bfloat16, torch.float32), torch.randn(64, IN, dtype=torch.bfloat16, requires_grad=True)
-    apart = [lora_linear(x, w, bias, (a, b, scale, None, 0.0)) for w, bias, a, b, scale in given]
+@pytest.mark.parametrize("gained", [(), (0,)])
+def test_no_further_from_the_truth_in_bf16_than_each_by_itself(gained: Sequence[int]) -> None:
+    given, x = (
+        layers(torch.bfloat16, torch.float32, gained),
+        torch.randn(64, IN, dtype=torch.bfloat16, requires_grad=True),
+    )
+    apart = [lora_linear(x, w, bias, (a, b, scale, gain, 0.0)) for w, bias, a, b, scale, gain in given]
     ours, weights = siblings(x, given), [torch.randn_like(y) for y in apart]
     inputs = (x, *factors(given))
     exact_x = x.detach().double().requires_grad_()
     exact = [
         Layer(w.double(), None if bias is None else bias.double(), a.detach().double().requires_grad_(),
-              b.detach().double().requires_grad_(), scale)
-        for w, bias, a, b, scale in given
+              b.detach().double().requires_grad_(), scale, None if gain is None else gain.detach().double().requires_grad_())
+        for w, bias, a, b, scale, gain in given
     ]  # fmt: skip
     true = torch.autograd.grad(plain(exact_x, exact), (exact_x, *factors(exact)), [w.double() for w in weights])
     for mine, theirs, right in zip(
@@ -126,3 +145,8 @@ def test_x_is_kept_once_and_nothing_of_its_size_beside_it() -> None:
         siblings(x, given)
     assert [t.shape for t in kept if t.data_ptr() not in known] == [(64, sum(r for _, r in SIZES))]
     assert sum(t.data_ptr() == x.data_ptr() for t in kept) == 1
+    gained, before = layers(gained=(1,)), len(kept)
+    known |= {t.data_ptr() for layer in gained for t in layer if isinstance(t, Tensor)}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        siblings(x, gained)
+    assert [t.shape for t in kept[before:] if t.data_ptr() not in known][1:] == [(64, SIZES[1][0])]  # z

@@ -147,11 +147,8 @@ class WeightHost(Host):
         y, x = call(*args, **kwargs), args[0] if args else kwargs["input"]
         return y + (adapter.branch(self, x) if strength is None else adapter.weighted(self, x, strength))
 
-    def simple(self, gains: bool = True) -> tuple[Tensor, Tensor | None, Any] | None:
-        """(W, bias, `Change` or None) where the layer now is W and at most that beside it, W and bias frozen; else None.
-
-        gains: also where the change has a gain.
-        """
+    def simple(self) -> tuple[Tensor, Tensor | None, Any] | None:
+        """(W, bias, `Change` or None) where the layer now is W and at most that beside it, W and bias frozen; else None."""
         return None
 
     def op(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Which they are is asked of the module's own forward: a copy of it, with recorder
 things that stand for the tensors of the real call, until something does not go through (`calls`). No tensor is touched, no
 name is looked at. That is done once for every form of call: which arguments are there, and which of them are the same.
 
-Computed together are layers that carry one plain LoRA each, frozen base, no dropout now, where gradients are wanted; all
+Computed together are layers that carry one LoRA or DoRA each, frozen base, no dropout now, where gradients are wanted; all
 others by themselves, as ever. A layer that gets another x than the trial said computes again: only time is lost.
 """
 
@@ -51,11 +51,11 @@ def together(group: Group, x: Tensor) -> Sequence[Tensor] | None:
     for layer in group:
         live = there.live if (there := carried(layer)) is not None else ()
         host = live[0][1] if len(live) == 1 else None
-        simple = host.simple(gains=False) if isinstance(host, WeightHost) else None
+        simple = host.simple() if isinstance(host, WeightHost) else None
         if simple is None or simple[2] is None or simple[2].dropout:
             return None
-        weight, bias, (a, b, scale, _, _) = simple
-        layers.append(Layer(weight, bias, a, b, scale))
+        weight, bias, (a, b, scale, gain, _) = simple
+        layers.append(Layer(weight, bias, a, b, scale, gain))
     return siblings(x, layers)
 
 
@@ -95,10 +95,11 @@ def calls(
         name: None if child is None else _Recorder(name, found) if name in layers else _Made()
         for name, child in module._modules.items()
     }
+    given, named = [_stand(a, stands) for a in args], {name: _stand(a, stands) for name, a in kwargs.items()}
+    cards = {a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_cuda}
     try:
-        own.forward(
-            trial, *(_stand(a, stands) for a in args), **{name: _stand(a, stands) for name, a in kwargs.items()}
-        )
+        with torch.random.fork_rng(devices=cards):  # random numbers of the training are not drawn here
+            own.forward(trial, *given, **named)
     except Exception:
         # Whatever it is: the forward asked for something that only tensors have. What was called until then counts.
         return found

@@ -55,7 +55,7 @@ class LinearHost(WeightHost):
             else lora_add(call(*args, **kwargs), x, change)
         )
 
-    def simple(self, gains: bool = True) -> tuple[Tensor, Tensor | None, Any] | None:
+    def simple(self) -> tuple[Tensor, Tensor | None, Any] | None:
         live = found.live if (found := carried(self.module)) is not None else ()
         frozen = self._frozen()
         if frozen is None or len(live) > 1 or autocasts(frozen[0]):
@@ -65,7 +65,7 @@ class LinearHost(WeightHost):
         adapter, _, strength = live[0]
         if not isinstance(adapter, WeightAdapter) or isinstance(strength, PerRow):
             return None
-        change = adapter.as_change(self, strength, alone=gains and self._pristine)
+        change = adapter.as_change(self, strength, alone=self._pristine)
         return None if change is None else (*frozen, change)
 
     @property

@@ -39,8 +39,14 @@ def forward(
         y.flatten(0, -2).addmm_(h.flatten(0, -2), _up(b, scale, p, x.dtype).T)
     if gain is None:
         return y, h, y.new_empty(0)
+    y, z = gained(y, bias, gain)
+    return y, h, z
+
+
+def gained(y: Tensor, bias: Tensor | None, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """y with its gain [out], and z, what is multiplied."""
     z = y if bias is None else y - bias
-    return torch.addcmul(y, z, (gain - 1).to(y.dtype)), h, z
+    return torch.addcmul(y, z, (gain - 1).to(y.dtype)), z
 
 
 def backward(
@@ -125,7 +131,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, change: Change) 
         return lora_linear(x[None], weight, bias, change)[0]
     if few(x, a) and not p:
         y = _few_added(F.linear(x, weight, bias), x, a, b, scale)
-        return y if gain is None else torch.addcmul(y, y if bias is None else y - bias, (gain - 1).to(y.dtype))
+        return y if gain is None else gained(y, bias, gain)[0]
     return LoRALinear.apply(x, weight, bias, a, b, gain, new_seed() if p else None, scale, p)[0]  # type: ignore[no-any-return]
 
 

@@ -4,8 +4,8 @@
     backward    Q = [g₁ (s₁B₁), g₂ (s₂B₂), …] [T, Σr]       dx = Σ gᵢ Wᵢ + Q [A₁; A₂; …], all in one tensor
                 [dA₁; dA₂; …] = Qᵀ x       dBᵢ = sᵢ gᵢᵀ Hᵢ
 
-Each by itself reads x for its own H and dA, and makes a gradient of x's size, which autograd then adds to the others: that
-costs more than what is thin about these products. Kept for the backward pass: x and H, as much as by each alone.
+A gain (DoRA) as there. Each by itself reads x for its own H and dA, and makes a gradient of x's size, which autograd then adds
+to the others. Kept for the backward pass: x and H, and z with a gain, as much as by each alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,15 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from deltaw.kernels.lora import gained
+
 
 class Layer(NamedTuple):
-    """One of them. W [out, in] and bias [out] are frozen; a [r, in], b [out, r]; scale: a number or a 0-dim tensor."""
+    """One of them. W [out, in] and bias [out] are frozen; a [r, in], b [out, r]; scale: a number or a 0-dim tensor; gain [out]."""
 
     weight: Tensor
     bias: Tensor | None
     a: Tensor
     b: Tensor
     scale: float | Tensor
+    gain: Tensor | None = None
 
 
 EACH = len(Layer._fields)
@@ -53,60 +56,72 @@ class Siblings(Function):
 
     @staticmethod
     def forward(x: Tensor, *flat: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """The outputs, H, and of each layer z (empty without a gain)."""
         layers = _layers(flat)
         wide = F.linear(x, _down(layers, x.dtype))  # [.., Σr]
-        outputs = []
+        outputs, before = [], []
         for layer, h in _by_layer(layers, -1, wide):
             y = F.linear(x, layer.weight, layer.bias)
             y.flatten(0, -2).addmm_(h.flatten(0, -2), _up(layer, x.dtype).T)
+            y, z = (y, y.new_empty(0)) if layer.gain is None else gained(y, layer.bias, layer.gain)
             outputs.append(y)
-        return *outputs, wide
+            before.append(z)
+        return *outputs, wide, *before
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, *flat = inputs
         layers = _layers(flat)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[-1])
+        ctx.mark_non_differentiable(*output[len(layers) :])
         ctx.scales = [layer.scale for layer in layers]
-        ctx.save_for_backward(x, output[-1], *(t for layer in layers for t in (layer.weight, layer.a, layer.b)))
+        kept = [
+            tensor
+            for layer, z in zip(layers, output[len(layers) + 1 :], strict=True)
+            for tensor in (layer.weight, layer.a, layer.b, layer.gain, None if layer.gain is None else z)
+        ]
+        ctx.save_for_backward(x, output[len(layers)], *kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, wide, *saved = ctx.saved_tensors
-        layers = [
-            Layer(weight, None, a, b, scale)
-            for weight, a, b, scale in zip(saved[::3], saved[1::3], saved[2::3], ctx.scales, strict=True)
-        ]
-        rows, found, needed = x.flatten(0, -2), [], ctx.needs_input_grad
+        x, wide, *kept = ctx.saved_tensors
+        needed, rows = ctx.needs_input_grad, x.flatten(0, -2)
+        found: list[Tensor | None] = [None] * len(needed)
+        layers, zs = [], kept[4::5]
+        for number, scale in enumerate(ctx.scales):
+            weight, a, b, gain = kept[5 * number : 5 * number + 4]
+            layers.append(Layer(weight, None, a, b, scale, gain))
         if torch.is_grad_enabled():  # the backward pass is itself differentiated: what was kept has no history
             wide = F.linear(x, _down(layers, x.dtype))
-        asked = [number for number, g in enumerate(grads[:-1]) if g is not None]  # an output may be left unused
+            zs = [F.linear(x, one.weight) + h @ _up(one, x.dtype).T for one, h in _by_layer(layers, -1, wide)]
+        asked = [number for number in range(len(layers)) if grads[number] is not None]  # an output may be left unused
+        some, given = [layers[number] for number in asked], []
+        for number, layer in zip(asked, some, strict=True):
+            g = grads[number].flatten(0, -2)  # [T, out]
+            if layer.gain is not None:
+                if needed[number * EACH + 6]:
+                    found[number * EACH + 6] = (g * zs[number].flatten(0, -2)).sum(0, dtype=layer.gain.dtype)
+                g = torch.addcmul(g, g, (layer.gain - 1).to(g.dtype))
+            given.append(g)
         if not asked:
-            return (None,) * len(needed)
-        some = [layers[number] for number in asked]
-        parts = [h for _, h in _by_layer(layers, -1, wide.flatten(0, -2))]
-        given = [grads[number].flatten(0, -2) for number in asked]  # [T, out] each
+            return tuple(found)
         q = torch.cat([g @ _up(layer, g.dtype) for g, layer in zip(given, some, strict=True)], 1)  # [T, Σr]
-        dx = None
         if needed[0]:
-            for g, layer in zip(given, some, strict=True):
-                dx = g @ layer.weight if dx is None else dx.addmm_(g, layer.weight)
-            dx = dx.addmm_(q, _down(some, x.dtype)).view_as(x)  # type: ignore[union-attr]
-        downs = {number: EACH * number + 3 for number in asked}  # where a is among the inputs
-        das = q.T @ rows if any(needed[place] for place in downs.values()) else None
-        shares = [None] * len(some) if das is None else [da for _, da in _by_layer(some, 0, das)]
-        found = [None] * len(needed)
-        found[0] = dx
-        for number, g, layer, da in zip(asked, given, some, shares, strict=True):
-            place = downs[number]
-            if da is not None and needed[place]:
-                found[place] = da.to(layer.a.dtype)
-            if needed[place + 1]:
-                found[place + 1] = layer.scale * (g.T @ parts[number]).to(layer.b.dtype)
+            dx = given[0] @ some[0].weight
+            for g, layer in zip(given[1:], some[1:], strict=True):
+                dx = dx.addmm_(g, layer.weight)
+            found[0] = dx.addmm_(q, _down(some, x.dtype)).view_as(x)
+        trains = any(needed[number * EACH + 3] for number in asked)
+        das = (q.T @ rows).split([len(layer.a) for layer in some]) if trains else [None] * len(some)
+        parts = [h for _, h in _by_layer(layers, -1, wide.flatten(0, -2))]
+        for number, g, layer, da in zip(asked, given, some, das, strict=True):
+            if needed[number * EACH + 3]:
+                found[number * EACH + 3] = da.to(layer.a.dtype)
+            if needed[number * EACH + 4]:
+                found[number * EACH + 4] = layer.scale * (g.T @ parts[number]).to(layer.b.dtype)
         return tuple(found)
 
 
 def siblings(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """x [.., in] of at least two dimensions → the output [.., out] of every layer. Factors of one dtype, fp32 masters."""
-    return Siblings.apply(x, *(part for layer in layers for part in layer))[:-1]  # type: ignore[no-any-return]
+    return Siblings.apply(x, *(part for layer in layers for part in layer))[: len(layers)]  # type: ignore[no-any-return]
