@@ -6,7 +6,7 @@
 Llama of 75 M parameters (hidden 768, 8 layers, random), LoRA r 16 on all linear layers, stock loss on all positions.
     bound       the frozen base, with gradients for activations alone: what every adapter pays
     peft        PEFT as it comes       peft_cast    with autocast_adapter_dtype=False
-    ours        deltaw as it trains    plain        deltaw without fused MLPs     full    all weights
+    ours        deltaw as it trains    plain        deltaw, nothing fused     full    all weights
     dora        deltaw's DoRA          peft_dora    PEFT's
 A step is forward and backward; sides take turns, each side's time is the median over rounds, given as a ratio. Bytes are
 those of distinct storages held by saved tensors, parameters left out, per token and layer. From one start, five AdamW
@@ -14,6 +14,8 @@ steps of ours and PEFT's give equal losses, and gradients are not zero: asserted
 of its own during two steps, above what it was with the model loaded; on a CUDA device, of the memory allocated there.
 """
 
+import atexit
+import contextlib
 import copy
 import gc
 import json
@@ -37,7 +39,8 @@ SIDES = ("bound", "ours", "plain", "peft", "peft_cast", "full", "dora", "peft_do
 RANK, ALPHA = 16, 32
 VOCABULARY = 12288
 DEVICE, HIDDEN, LAYERS = "cpu", 768, 8
-FUSED: list[Any] = []
+FUSED = contextlib.ExitStack()  # until the process ends
+atexit.register(FUSED.close)
 PAIRS = (("ours", "peft"), ("dora", "peft_dora"))
 Side = tuple[nn.Module, list[nn.Parameter]]
 
@@ -75,8 +78,7 @@ def build(side: str, model: nn.Module, dropout: float) -> Side:
         method = deltaw.DoRA if side == "dora" else deltaw.LoRA
         deltaw.attach(model, method(rank=RANK, alpha=ALPHA, dropout=dropout), targets="all-linear")
         if side != "plain":
-            FUSED.append(deltaw.fused(model))  # until the process ends
-            assert FUSED[-1].__enter__() == LAYERS
+            assert FUSED.enter_context(deltaw.fused(model)) == LAYERS
     else:
         config = peft.LoraConfig(
             r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear", use_dora=side == "peft_dora"

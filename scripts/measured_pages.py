@@ -26,7 +26,7 @@ ON_A_CARD = {
 }
 """The same on a card."""
 NAMES = {
-    "bound": "the frozen base, gradients for activations alone", "ours": "deltaw", "plain": "deltaw, MLPs not fused", "peft": "PEFT",
+    "bound": "the frozen base, gradients for activations alone", "ours": "deltaw", "plain": "deltaw, nothing fused", "peft": "PEFT",
     "peft_cast": "PEFT without autocast_adapter_dtype", "full": "all weights", "dora": "deltaw, DoRA", "peft_dora": "PEFT, DoRA",
 }  # fmt: skip
 
