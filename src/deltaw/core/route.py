@@ -122,7 +122,7 @@ class use:
             if key is not None:
                 stands = _Rows()
                 _remember(known, key, stands)
-        self.before = {module: (here(module).live, here(module).batch) for module in self.modules}
+        self.before = [(there, there.live, there.batch) for there in map(here, self.modules)]
         self.stamp = _stamp
         apply_rows(self.modules, routes, stands) if rows else apply(self.modules, routes[0])
 
@@ -133,39 +133,39 @@ class use:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.stamp is _stamp:
-            for module, before in self.before.items():
-                there = here(module)
-                there.live, there.batch = before
+            for there, live, batch in self.before:
+                there.live, there.batch = live, batch
             return
+        before = {there: live for there, live, _ in self.before}
         for module in adapted_modules(self.model):  # adapters came, went or were merged in the block
             state = here(module)
             free = [entry for name, group in state.entries.items() if name not in state.merged for entry in group]
             still = {id(adapter) for adapter, _, _ in free}
-            entries, _ = self.before.get(module, ((), None))
-            state.live = tuple(entry for entry in entries if id(entry[0]) in still)
+            state.live = tuple(entry for entry in before.get(state, ()) if id(entry[0]) in still)
 
 
 def apply(modules: list[nn.Module], route: Route) -> None:
     """Write the live tuple of every adapted module. The route must have been checked."""
     with torch.inference_mode(False):  # a strength made in inference could not be saved for a backward pass later
         wanted = [(name, None if w == 1.0 else torch.tensor(float(w))) for name, w in route.items() if w != 0.0]
+    if not wanted:
+        for there in map(here, modules):
+            there.live = ()
+        return
     if len(wanted) == 1 and wanted[0][1] is None:
         name = wanted[0][0]
-        for module in modules:
-            there = here(module)
+        for there in map(here, modules):
             there.live = there.entries.get(name, ())
         return
-    for module in modules:
-        there = here(module)
+    for there in map(here, modules):
         found = [(a, host, strength) for name, strength in wanted for a, host, _ in there.entries.get(name, ())]
         there.live = tuple(sorted(found, key=outermost))
 
 
 def apply_rows(modules: list[nn.Module], routes: Sequence[Route], key: _Rows | None) -> None:
     """As `apply`, with a route for every row of the batch; where it was live before, as it was then."""
-    if key is not None and all(key in here(module).routed for module in modules):
-        for module in modules:
-            there = here(module)
+    if key is not None and all(key in there.routed for there in map(here, modules)):
+        for there in map(here, modules):
             there.live, there.batch = there.routed[key]
         return
     wanted, plans = {}, dict[Any, Plan | None]()
