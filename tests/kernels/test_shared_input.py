@@ -65,6 +65,22 @@ def test_values_and_gradients_of_two_orders(gained: Sequence[int]) -> None:
     assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
 
 
+VIEWS = {
+    "transposed": lambda: torch.randn(5, 3, IN).transpose(0, 1), "every second": lambda: torch.randn(3, 5, 2 * IN)[..., ::2],
+    "expanded": lambda: torch.randn(3, 1, IN).expand(3, 5, IN), "empty": lambda: torch.randn(3, 0, IN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_an_x_that_is_a_view(view: str) -> None:
+    given, x = layers(), VIEWS[view]().double().requires_grad_()
+    ours, theirs = siblings(x, given), plain(x, given)
+    torch.testing.assert_close(ours, theirs)
+    weights = [torch.randn_like(y) for y in ours]
+    one, other = (torch.autograd.grad(ys, (x, *factors(given)), weights) for ys in (ours, theirs))
+    torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("used", [[0], [2], [0, 2], [1, 2]])
 def test_an_output_that_nobody_uses_has_no_gradient(used: list[int]) -> None:
     given, x = layers(gained=(0, 2)), torch.randn(6, IN, dtype=torch.float64, requires_grad=True)
