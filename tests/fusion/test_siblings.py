@@ -320,6 +320,144 @@ def test_too_many_forms_of_a_call_are_not_tried(computed: list[int], monkeypatch
         assert computed == [2, 2]
 
 
+class Three(nn.Module):
+    """q, k and v, and something between them."""
+
+    def __init__(self, between: Callable[["Three", Tensor], Any] = lambda m, x: None) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 1 * x
+        q = self.q(x)
+        self.between(self, x)
+        return q.detach() + self.k(x) * self.v(x)
+
+
+def unseen(m: Three, x: Tensor) -> None:
+    torch.nn.functional.relu(x, inplace=True)
+
+
+def elsewhere(m: Three, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        return
+    deltaw.use(m, {"default": 0.5})
+
+
+def heavier(layer: nn.Module, args: tuple[Tensor]) -> None:
+    layer.weight.data.mul_(1.0 if getattr(layer, "heavy", False) else 3.0)  # type: ignore[union-attr, operator]
+    layer.heavy = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("between", [unseen, elsewhere])
+def test_what_happens_between_two_layers_counts(between: Callable[[Three, Tensor], Any]) -> None:
+    torch.manual_seed(0)
+    model, x = tuned(Three(between), targets=["q", "k", "v"]), torch.randn(3, 8)
+
+    def run(model: Any) -> Tensor:
+        deltaw.use(model, "default")
+        return model(x)  # type: ignore[no-any-return]
+
+    plain = gradients(model, run)
+    with deltaw.fused(model):
+        close(gradients(model, run), plain)
+
+
+class Partly(Three):
+    def __init__(self, act: str) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
+        if self.act == "no gradient":
+            with torch.no_grad():
+                beside = self.k(x) * self.v(x)
+            return q + beside
+        if self.act == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                return q + self.k(x) * self.v(x)
+        return q + torch.utils.checkpoint.checkpoint(lambda x: self.k(x) * self.v(x), x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("act", ["no gradient", "autocast", "a checkpoint"])
+def test_a_part_under_other_circumstances(act: str) -> None:
+    torch.manual_seed(0)
+    model, x = tuned(Partly(act), targets=["q", "k", "v"]), torch.randn(3, 8)
+    plain = gradients(model, lambda m: m(x))
+    with deltaw.fused(model):
+        close(gradients(model, lambda m: m(x)), plain)
+
+
+def test_a_hook_that_writes_a_weight_is_waited_for(computed: list[int]) -> None:
+    torch.manual_seed(0)
+    model, x = tuned(Three(), targets=["q", "k", "v"]), torch.randn(3, 8)
+    model.k.register_forward_pre_hook(heavier)
+    other = copy.deepcopy(model)
+    plain = gradients(other, lambda m: m(x))
+    with deltaw.fused(model):
+        close(gradients(model, lambda m: m(x)), plain)
+    assert not computed
+
+
+class Counting(Three):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind == "a buffer":
+            self.register_buffer("calls", torch.zeros(()))
+        else:
+            self.calls: Any = {"a list": [], "a table": {}, "an object": torch.nn.utils.rnn}[kind]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.calls, Tensor):
+            self.calls += 1
+        elif isinstance(self.calls, list):
+            self.calls.append(x)
+        elif isinstance(self.calls, dict):
+            self.calls.setdefault(x.shape, x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["a buffer", "a list", "a table", "an object"])
+def test_a_module_with_something_to_write_to_is_not_tried(kind: str, computed: list[int]) -> None:
+    model, x = tuned(Counting(kind), targets=["q", "k", "v"]), torch.randn(3, 8)
+    with deltaw.fused(model):
+        model(x)
+    calls = model.calls
+    assert not computed and (len(calls) if isinstance(calls, list | dict) else 1) == 1
+    assert not isinstance(calls, Tensor) or float(calls) == 1
+
+
+class Endless(Three):
+    def forward(self, x: Any) -> Tensor:
+        q = self.q(x)
+        torch.set_grad_enabled(False)
+        n = x
+        while hasattr(n, "module"):
+            n = n.module
+        torch.set_grad_enabled(True)
+        return q + self.k(x)  # type: ignore[no-any-return]
+
+
+def test_a_trial_ends_and_gives_back_what_it_set() -> None:
+    model, x = tuned(Endless(), targets=["q", "k", "v"]), torch.randn(3, 8)
+    plain = gradients(model, lambda m: m(x))
+    with deltaw.fused(model):
+        close(gradients(model, lambda m: m(x)), plain)
+        assert torch.is_grad_enabled()
+
+
+def test_fused_within_fused(computed: list[int]) -> None:
+    model = tuned(llama())
+    plain, classes = gradients(model), [type(module) for module in model.modules()]
+    with deltaw.fused(model), deltaw.fused(model) as number:
+        assert number == 0
+        close(gradients(model), plain)
+        assert computed
+    assert [type(module) for module in model.modules()] == classes
+
+
 def test_a_failure_inside_gives_the_classes_back() -> None:
     model = tuned(llama())
     with pytest.raises(RuntimeError, match="inside"), fusing.fused(model):

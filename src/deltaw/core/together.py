@@ -4,15 +4,20 @@
         q = self.q_proj(x)                   compute((q_proj, k_proj, v_proj), x): the outputs of all three
         k, v = self.k_proj(x), self.v_proj(x)        what is ready; with another x they compute as ever
 
-The module's forward stays as it is, and calls its layers, with their hooks. Who makes groups: `fusion.siblings`.
+The module's forward stays as it is, and calls its layers, with their hooks. What is ready is taken only if nothing changed
+since: x, gradients, autocast, what is live. Who makes groups: `fusion.siblings`.
 """
 
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
+
+from deltaw.core.autocast import autocasts
+from deltaw.core.carried import carried
 
 Group = Sequence[nn.Module]
 """Layers in the order in which they are called."""
@@ -25,17 +30,24 @@ class _Now(threading.local):
 _now = _Now()
 
 
+class _Ready(NamedTuple):
+    """An output, and what must still be so when its layer is called."""
+
+    x: Tensor
+    output: Tensor
+    as_of: tuple[Any, ...]
+
+
 class Together:
     """One call of a module, as long as it lasts."""
 
     def __init__(self, groups: Sequence[Group], compute: Callable[[Group, Tensor], Sequence[Tensor] | None]):
         """compute: the output of every layer of a group, or None where each must go by itself this time."""
         self.groups, self.compute = {group[0]: group for group in groups}, compute
-        self.ready: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        """Layer → x and its output there."""
+        self.ready: dict[nn.Module, _Ready] = {}
 
     def __enter__(self) -> Self:
-        self.around, _now.call = _now.call, self
+        self.around, self.savers, _now.call = _now.call, _savers(), self
         return self
 
     def __exit__(
@@ -46,19 +58,46 @@ class Together:
 
     def output(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The layer's output where it is ready, or becomes so with those called after it; None: let it compute."""
-        if len(args) != 1 or kwargs:
+        ready, group = self.ready.pop(layer, None), self.groups.get(layer)
+        if (ready is None and group is None) or len(args) != 1 or kwargs or args[0].is_inference():
+            return None
+        if (
+            _savers() != self.savers
+        ):  # a checkpoint inside the module: what it computes again must save the same tensors
             return None
         x = args[0]
-        if layer in self.ready:
-            seen, y = self.ready.pop(layer)
-            if seen is x:
-                return y
-        group = self.groups.get(layer)
-        outputs = None if group is None else self.compute(group, x)
-        if group is None or outputs is None:
+        if ready is not None and ready.x is x and ready.as_of == _circumstances(layer, x):
+            return ready.output
+        if group is None or any(one._forward_pre_hooks or "forward" in one.__dict__ for one in group[1:]):
+            return None  # what runs before a later layer may change it
+        outputs = self.compute(group, x)
+        if outputs is None:
             return None
-        self.ready.update(zip(group[1:], ((x, y) for y in outputs[1:]), strict=True))
+        for one, y in zip(group[1:], outputs[1:], strict=True):
+            self.ready[one] = _Ready(x, y, _circumstances(one, x))
         return outputs[0]
+
+
+def _circumstances(layer: nn.Module, x: Tensor) -> tuple[Any, ...]:
+    there = carried(layer)
+    return x._version, torch.is_grad_enabled(), autocasts(x), None if there is None else _Same(there.live)
+
+
+class _Same:
+    """Equal to itself alone, as what it holds: a live tuple that was taken away and made anew is another one."""
+
+    def __init__(self, held: object):
+        self.held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.held is other.held
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _savers() -> Any:
+    """The innermost hooks of saved tensors, by which a checkpoint is known."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def now() -> Together | None:

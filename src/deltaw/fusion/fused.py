@@ -21,16 +21,18 @@ def fused(model: nn.Module) -> Iterator[int]:
     """Swap the class of every block of `model` that allows it, and back at the end; gives the number of MLPs."""
     found: list[nn.Module] = []
     count = 0
-    for module in list(unwrapped(model).modules()):
-        if (parts := mlp.parts_of(module)) is not None:
-            _swap(module, mlp.FusedMLP, mlp.KEY, parts)
-            count += 1
-        elif siblings.candidates(module):
-            _swap(module, siblings.FusedSiblings, siblings.KEY, {})
-        else:
-            continue
-        found.append(module)
     try:
+        for module in list(unwrapped(model).modules()):
+            if hasattr(type(module), "unfused"):
+                continue  # in the block of another `fused`
+            if (parts := mlp.parts_of(module)) is not None:
+                _swap(module, mlp.FusedMLP, mlp.KEY, parts)
+                count += 1
+            elif siblings.candidates(module):
+                _swap(module, siblings.FusedSiblings, siblings.KEY, {})
+            else:
+                continue
+            found.append(module)
         yield count
     finally:
         for module in found:

@@ -8,6 +8,7 @@ a plain linear layer with at most one adapter on it that hosts can fuse (`Weight
 at the moment of a call (two live adapters, hooks, autocast), the class's own forward runs.
 """
 
+import contextlib
 import copy
 from typing import Any, ClassVar, NamedTuple
 
@@ -49,7 +50,7 @@ class FusedMLP:
             return super().forward(x)  # type: ignore[misc, no-any-return]
         weight, bias, change = simple
         first, second = getattr(self, gate), getattr(self, up)
-        with Together([(first, second)], together):
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else Together([(first, second)], together):
             opened, beside = first(x), second(x)
         return glu_down(opened, beside, weight, bias, change, kind)
 

@@ -1,15 +1,18 @@
 """Layers of one module that are called with the same x (q, k and v of an attention), computed by `kernels.siblings`.
 
 Which they are is asked of the module's own forward: a copy of it, with recorders in the place of its layers, is called with
-things that stand for the tensors of the real call, until something does not go through (`calls`). No tensor is touched, no
-name is looked at. That is done once for every form of call: which arguments are there, and which of them are the same.
+things that stand for the tensors of the real call, until something does not go through (`calls`). No name is looked at. That
+is done once for every form of call: which arguments are there, and which of them are the same. And only for modules that have
+nothing a trial could change: no buffers or parameters of their own, no lists, tables or objects (`inert`).
 
 Computed together are layers that carry one LoRA or DoRA each, frozen base, no dropout now, where gradients are wanted; all
 others by themselves, as ever. A layer that gets another x than the trial said computes again: only time is lost.
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import random
+import types
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +25,13 @@ from deltaw.core.together import Group, Together
 from deltaw.kernels.siblings import Layer, siblings
 
 KEY = "_deltaw_siblings"
+_OF_A_MODULE = {*nn.Module().__dict__}
+_CONFIGURATIONS = {
+    "transformers.configuration_utils.PreTrainedConfig",
+    "transformers.configuration_utils.PretrainedConfig",
+}
+MOST = 10_000
+"""Stand-ins that one trial may make."""
 FORMS = 16
 """Most forms of call of one module that are tried; beyond, its layers compute by themselves."""
 
@@ -61,7 +71,7 @@ def together(group: Group, x: Tensor) -> Sequence[Tensor] | None:
 
 def candidates(module: nn.Module) -> list[str]:
     """Names of a module's adapted linear layers that may read the same x: two at least have their number of inputs."""
-    if carried(module) or "forward" in module.__dict__:
+    if carried(module) or "forward" in module.__dict__ or not inert(module):
         return []
     widths = {
         name: child.in_features
@@ -69,6 +79,24 @@ def candidates(module: nn.Module) -> list[str]:
         if carried(child) and issubclass(base_class_of(child), nn.Linear)
     }
     return [name for name, width in widths.items() if list(widths.values()).count(width) > 1]
+
+
+def inert(module: nn.Module) -> bool:
+    """Has the module itself, its children apart, nothing that its forward could write to?"""
+    own = {name for name in module.__dict__ if not name.startswith("_deltaw")} - _OF_A_MODULE
+    state = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+    return not state and all(_fixed(module.__dict__[name]) for name in own)
+
+
+def _fixed(value: Any) -> bool:
+    """Can it not be changed, or is it a configuration, which a forward reads, or an object without attributes?"""
+    if type(value) in (tuple, frozenset):
+        return all(map(_fixed, value))
+    if isinstance(value, _PLAIN) or any(
+        f"{c.__module__}.{c.__qualname__}" in _CONFIGURATIONS for c in type(value).__mro__
+    ):
+        return True
+    return not isinstance(value, Collection | Tensor | nn.Module) and getattr(value, "__dict__", None) == {}
 
 
 def called_together(
@@ -90,19 +118,23 @@ def calls(
 ) -> list[tuple[str, Any]]:
     """(layer, what it is called with) of a trial of the forward, as far as that goes, in order."""
     found: list[tuple[str, Any]] = []
-    trial, stands = copy.copy(module), dict[int, Any]()
+    trial, stands, _Made.left = copy.copy(module), dict[int, Any](), MOST
     trial.__dict__["_modules"] = {
         name: None if child is None else _Recorder(name, found) if name in layers else _Made()
         for name, child in module._modules.items()
     }
     given, named = [_stand(a, stands) for a in args], {name: _stand(a, stands) for name, a in kwargs.items()}
     cards = {a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_cuda}
+    numbers = random.getstate()
     try:
-        with torch.random.fork_rng(devices=cards):  # random numbers of the training are not drawn here
+        # what a forward sets comes back: whether there are gradients, and the random numbers of the training
+        with torch.enable_grad(), torch.random.fork_rng(devices=cards):
             own.forward(trial, *given, **named)
     except Exception:
         # Whatever it is: the forward asked for something that only tensors have. What was called until then counts.
         return found
+    finally:
+        random.setstate(numbers)
     return found
 
 
@@ -110,7 +142,13 @@ class _Made:
     """Stands for what a forward makes or is given: whatever is done with it makes another one. It has no truth, no length
     and no numbers, and is never changed in place."""
 
+    left: ClassVar[int] = 0
+    """How many more may be made in this trial: a loop that waits for a number never sees one."""
+
     def __init__(self, facts: Mapping[str, Any] | None = None):
+        _Made.left -= 1
+        if _Made.left < 0:
+            raise RuntimeError("more than a trial should take")
         self.__dict__.update(facts or {})
 
     def __getattr__(self, name: str) -> Any:
@@ -148,7 +186,7 @@ class _Recorder(_Made):
         return _Made()
 
 
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, type, types.FunctionType)
 
 
 def _stand(given: Any, stands: dict[int, Any]) -> Any:
@@ -161,9 +199,17 @@ def _stand(given: Any, stands: dict[int, Any]) -> Any:
         facts = {}
         if isinstance(given, Tensor):
             facts = {"shape": given.shape, "ndim": given.ndim, "dtype": given.dtype, "device": given.device}
-            facts |= {"size": given.size, "dim": given.dim, "requires_grad": given.requires_grad}
+            facts |= {"size": _size(given.shape), "dim": _number(given.ndim), "requires_grad": given.requires_grad}
         stands[id(given)] = _Made(facts)
     return stands[id(given)]
+
+
+def _size(shape: torch.Size) -> Any:
+    return lambda dim=None: shape if dim is None else shape[dim]
+
+
+def _number(value: int) -> Any:
+    return lambda: value
 
 
 def _form(values: Iterable[Any], names: tuple[str, ...]) -> Any:

@@ -150,6 +150,8 @@ def few_rows(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
 def _few_added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     """y [.., out] with s·(x Aᵀ) Bᵀ added in place: what torch is called for costs more than the sums, so it is called seldom."""
     change = F.linear(F.linear(x.to(a.dtype), a), b)
+    if torch._C._are_functorch_transforms_active():  # y may be one for several changes
+        return (y + scale * change).to(y.dtype)
     return y.add_(scale * change) if isinstance(scale, Tensor) else y.add_(change, alpha=scale)
 
 
