@@ -31,6 +31,8 @@ class Layer(NamedTuple):
 
 
 EACH = len(Layer._fields)
+A, B, GAIN = (1 + Layer._fields.index(name) for name in ("a", "b", "gain"))
+"""Where those of the first layer stand among the function's inputs, of which x is the first."""
 
 
 def _layers(flat: Sequence[Any]) -> list[Layer]:
@@ -99,8 +101,8 @@ class Siblings(Function):
         for number, layer in zip(asked, some, strict=True):
             g = grads[number].flatten(0, -2)  # [T, out]
             if layer.gain is not None:
-                if needed[number * EACH + 6]:
-                    found[number * EACH + 6] = (g * zs[number].flatten(0, -2)).sum(0, dtype=layer.gain.dtype)
+                if needed[number * EACH + GAIN]:
+                    found[number * EACH + GAIN] = (g * zs[number].flatten(0, -2)).sum(0, dtype=layer.gain.dtype)
                 g = torch.addcmul(g, g, (layer.gain - 1).to(g.dtype))
             given.append(g)
         if not asked:
@@ -111,14 +113,14 @@ class Siblings(Function):
             for g, layer in zip(given[1:], some[1:], strict=True):
                 dx = dx.addmm_(g, layer.weight)
             found[0] = dx.addmm_(q, _down(some, x.dtype)).view_as(x)
-        trains = any(needed[number * EACH + 3] for number in asked)
+        trains = any(needed[number * EACH + A] for number in asked)
         das = (q.T @ rows).split([len(layer.a) for layer in some]) if trains else [None] * len(some)
         parts = [h for _, h in _by_layer(layers, -1, wide.flatten(0, -2))]
         for number, g, layer, da in zip(asked, given, some, das, strict=True):
-            if needed[number * EACH + 3]:
-                found[number * EACH + 3] = da.to(layer.a.dtype)
-            if needed[number * EACH + 4]:
-                found[number * EACH + 4] = layer.scale * (g.T @ parts[number]).to(layer.b.dtype)
+            if needed[number * EACH + A]:
+                found[number * EACH + A] = da.to(layer.a.dtype)
+            if needed[number * EACH + B]:
+                found[number * EACH + B] = layer.scale * (g.T @ parts[number]).to(layer.b.dtype)
         return tuple(found)
 
 
