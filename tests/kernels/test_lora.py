@@ -280,3 +280,16 @@ def test_own_dropout_and_further_arguments_are_not_passed_over() -> None:
     model[0].adapters["default"]["weight"].__class__ = Own
     model(x)
     assert Own.calls == 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_may_change_the_output_in_place(bias: bool) -> None:
+    """As Longformer does with its queries."""
+    model, x = nn.Sequential(nn.Linear(IN, OUT, bias=bias)), torch.randn(2, 3, IN)
+    before = model(x)
+    deltaw.attach(model, deltaw.LoRA(rank=2), targets="0")
+    y = model(x)
+    assert torch.equal(y, before)
+    y /= 2
+    y.sum().backward()
+    torch.testing.assert_close(y.detach(), before / 2)

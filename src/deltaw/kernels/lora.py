@@ -30,7 +30,7 @@ def forward(
     scale: float | Tensor, p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, and to keep: h, and z (empty without a gain)."""
-    y = F.linear(x, weight, bias)
+    y = linear(x, weight, bias)
     if seed is not None and y.is_contiguous() and thin.usable(x, a, b, scale):
         h = thin.down(x.flatten(0, -2).contiguous(), a, by=drawn(seed, p)).view(*x.shape[:-1], -1)
         thin.add(y.flatten(0, -2), h.flatten(0, -2), b.T, float(scale) / kept(p))
@@ -41,6 +41,15 @@ def forward(
         return y, h, y.new_empty(0)
     y, z = gained(y, bias, gain)
     return y, h, z
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear, a tensor of its own: with a bias and an x of three dimensions torch's is a view, which no model could change in
+    place once an autograd function gives it."""
+    if bias is None or x.ndim < 3:
+        return F.linear(x, weight, bias)
+    y = F.linear(x.flatten(0, -2), weight, bias)
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))  # type: ignore[no-any-return]
 
 
 def gained(y: Tensor, bias: Tensor | None, gain: Tensor) -> tuple[Tensor, Tensor]:

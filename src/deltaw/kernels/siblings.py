@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from deltaw.kernels.lora import gained
+from deltaw.kernels.lora import gained, linear
 
 
 class Layer(NamedTuple):
@@ -63,7 +63,7 @@ class Siblings(Function):
         wide = F.linear(x, _down(layers, x.dtype))  # [.., Σr]
         outputs, before = [], []
         for layer, h in _by_layer(layers, -1, wide):
-            y = F.linear(x, layer.weight, layer.bias)
+            y = linear(x, layer.weight, layer.bias)
             y.flatten(0, -2).addmm_(h.flatten(0, -2), _up(layer, x.dtype).T)
             y, z = (y, y.new_empty(0)) if layer.gain is None else gained(y, layer.bias, layer.gain)
             outputs.append(y)
