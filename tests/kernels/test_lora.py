@@ -293,3 +293,14 @@ def test_a_model_may_change_the_output_in_place(bias: bool) -> None:
     y /= 2
     y.sum().backward()
     torch.testing.assert_close(y.detach(), before / 2)
+
+
+def test_several_changes_beside_one_product() -> None:
+    """torch.func's own batches, in a decoding step: what all of them share is not changed in place."""
+    x, w = torch.randn(2, IN, dtype=torch.bfloat16), torch.randn(OUT, IN, dtype=torch.bfloat16)
+    a, b = torch.randn(3, R, IN), torch.randn(3, OUT, R)
+    with torch.no_grad():
+        found = torch.func.vmap(lambda a, b: lora_linear(x, w, None, (a, b, S, None, 0.0)))(a, b)
+        for number in range(3):
+            alone = lora_linear(x, w, None, (a[number], b[number], S, None, 0.0))
+            torch.testing.assert_close(found[number], alone)
