@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.core.autocast import autocasts
-from deltaw.core.carried import carried
+from deltaw.core.carried import Live, here
 
 Group = Sequence[nn.Module]
 """Layers in the order in which they are called."""
@@ -35,7 +35,8 @@ class _Ready(NamedTuple):
 
     x: Tensor
     output: Tensor
-    as_of: tuple[Any, ...]
+    live: tuple[Live, ...]
+    as_of: tuple[int, bool, bool]
 
 
 class Together:
@@ -61,12 +62,10 @@ class Together:
         ready, group = self.ready.pop(layer, None), self.groups.get(layer)
         if (ready is None and group is None) or len(args) != 1 or kwargs or args[0].is_inference():
             return None
-        if (
-            _savers() != self.savers
-        ):  # a checkpoint inside the module: what it computes again must save the same tensors
-            return None
+        if _savers() != self.savers:
+            return None  # a checkpoint inside the module: what it computes again must save the same tensors
         x = args[0]
-        if ready is not None and ready.x is x and ready.as_of == _circumstances(layer, x):
+        if ready is not None and ready.x is x and ready.live is here(layer).live and ready.as_of == _circumstances(x):
             return ready.output
         if group is None or any(one._forward_pre_hooks or "forward" in one.__dict__ for one in group[1:]):
             return None  # what runs before a later layer may change it
@@ -74,25 +73,12 @@ class Together:
         if outputs is None:
             return None
         for one, y in zip(group[1:], outputs[1:], strict=True):
-            self.ready[one] = _Ready(x, y, _circumstances(one, x))
+            self.ready[one] = _Ready(x, y, here(one).live, _circumstances(x))
         return outputs[0]
 
 
-def _circumstances(layer: nn.Module, x: Tensor) -> tuple[Any, ...]:
-    there = carried(layer)
-    return x._version, torch.is_grad_enabled(), autocasts(x), None if there is None else _Same(there.live)
-
-
-class _Same:
-    """Equal to itself alone, as what it holds: a live tuple that was taken away and made anew is another one."""
-
-    def __init__(self, held: object):
-        self.held = held
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.held is other.held
-
-    __hash__ = None  # type: ignore[assignment]
+def _circumstances(x: Tensor) -> tuple[int, bool, bool]:
+    return x._version, torch.is_grad_enabled(), autocasts(x)
 
 
 def _savers() -> Any:

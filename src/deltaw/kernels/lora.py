@@ -36,7 +36,7 @@ def forward(
         thin.add(y.flatten(0, -2), h.flatten(0, -2), b.T, float(scale) / kept(p))
     else:
         h = F.linear(x if seed is None else x * mask(x, seed, p), a.to(x.dtype))
-        y.flatten(0, -2).addmm_(h.flatten(0, -2), _up(b, scale, p, x.dtype).T)
+        y.flatten(0, -2).addmm_(h.flatten(0, -2), scaled(b, scale, p, x.dtype).T)
     if gain is None:
         return y, h, y.new_empty(0)
     y, z = gained(y, bias, gain)
@@ -65,7 +65,7 @@ def backward(
     """Of g [T, out] and x [T, in]: dx (in the weight's layout, [T, in]), da, db, dgain; wanted: which of them."""
     if torch.is_grad_enabled():  # the backward pass is itself differentiated: what was kept has no history
         h = (x if seed is None else x * mask(x, seed, p)) @ a.to(x.dtype).T
-        z = z if gain is None else x @ weight.T + h @ _up(b, scale, p, x.dtype).T
+        z = z if gain is None else x @ weight.T + h @ scaled(b, scale, p, x.dtype).T
     dgain = None
     if gain is not None:
         dgain = (g * z).sum(0, dtype=gain.dtype) if wanted[3] else None
@@ -73,7 +73,7 @@ def backward(
     if seed is not None and not torch.is_grad_enabled() and thin.usable(x, a, b, scale):
         by, alpha = drawn(seed, p), float(scale) / kept(p)
         return *_thin(g.contiguous(), x.contiguous(), weight, a, b, by, alpha, h.contiguous(), wanted), dgain
-    down, up = a.to(x.dtype), _up(b, scale, p, x.dtype)
+    down, up = a.to(x.dtype), scaled(b, scale, p, x.dtype)
     ones = None if seed is None else mask(x, seed, p)
     inner = x if ones is None else x * ones
     q = g @ up  # [T, r]
@@ -96,7 +96,8 @@ def _thin(
     return dx, da, thin.outer(h, g, scale, turned=True) if wanted[2] else None
 
 
-def _up(b: Tensor, scale: float | Tensor, p: float, dtype: torch.dtype) -> Tensor:
+def scaled(b: Tensor, scale: float | Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """s·B [out, r] for a product in `dtype`, with the factor of what dropout left."""
     return (scale / kept(p) * b).to(dtype)
 
 
@@ -171,7 +172,7 @@ def lora_add(y: Tensor, x: Tensor, change: Change) -> Tensor:
         return lora_add(y[None], x[None], change)[0]
     if few(x, a) and not p:
         return _few_added(y.clone(), x, a, b, scale)
-    h, up = Down.apply(x, a, new_seed(), p) if p else F.linear(x, a.to(x.dtype)), _up(b, scale, p, x.dtype)
+    h, up = Down.apply(x, a, new_seed(), p) if p else F.linear(x, a.to(x.dtype)), scaled(b, scale, p, x.dtype)
     return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.T).view_as(y)
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from deltaw.kernels.lora import gained, linear
+from deltaw.kernels.lora import gained, linear, scaled
 
 
 class Layer(NamedTuple):
@@ -43,10 +43,6 @@ def _down(layers: Sequence[Layer], dtype: torch.dtype) -> Tensor:
     return torch.cat([layer.a.to(dtype) for layer in layers])  # [Σr, in]
 
 
-def _up(layer: Layer, dtype: torch.dtype) -> Tensor:
-    return (layer.scale * layer.b).to(dtype)  # [out, r]
-
-
 def _by_layer(layers: Sequence[Layer], dim: int, *wide: Tensor) -> Iterator[tuple[Any, ...]]:
     """Every layer with its share of what is Σr wide in that dimension."""
     ranks = [len(layer.a) for layer in layers]
@@ -64,7 +60,7 @@ class Siblings(Function):
         outputs, before = [], []
         for layer, h in _by_layer(layers, -1, wide):
             y = linear(x, layer.weight, layer.bias)
-            y.flatten(0, -2).addmm_(h.flatten(0, -2), _up(layer, x.dtype).T)
+            y.flatten(0, -2).addmm_(h.flatten(0, -2), scaled(layer.b, layer.scale, 0.0, x.dtype).T)
             y, z = (y, y.new_empty(0)) if layer.gain is None else gained(y, layer.bias, layer.gain)
             outputs.append(y)
             before.append(z)
@@ -95,7 +91,10 @@ class Siblings(Function):
             layers.append(Layer(weight, None, a, b, scale, gain))
         if torch.is_grad_enabled():  # the backward pass is itself differentiated: what was kept has no history
             wide = F.linear(x, _down(layers, x.dtype))
-            zs = [F.linear(x, one.weight) + h @ _up(one, x.dtype).T for one, h in _by_layer(layers, -1, wide)]
+            zs = [
+                F.linear(x, one.weight) + h @ scaled(one.b, one.scale, 0.0, x.dtype).T
+                for one, h in _by_layer(layers, -1, wide)
+            ]
         asked = [number for number in range(len(layers)) if grads[number] is not None]  # an output may be left unused
         some, given = [layers[number] for number in asked], []
         for number, layer in zip(asked, some, strict=True):
@@ -107,7 +106,9 @@ class Siblings(Function):
             given.append(g)
         if not asked:
             return tuple(found)
-        q = torch.cat([g @ _up(layer, g.dtype) for g, layer in zip(given, some, strict=True)], 1)  # [T, Σr]
+        q = torch.cat(
+            [g @ scaled(layer.b, layer.scale, 0.0, g.dtype) for g, layer in zip(given, some, strict=True)], 1
+        )  # [T, Σr]
         if needed[0]:
             dx = given[0] @ some[0].weight
             for g, layer in zip(given[1:], some[1:], strict=True):
